@@ -1,0 +1,1 @@
+"""qoqc ops to Triton source to tuned launchers."""

@@ -1,0 +1,1 @@
+"""One file per kernel family: template, launcher, tile candidates."""

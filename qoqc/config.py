@@ -1,0 +1,101 @@
+"""Settings: the options of the backend and the two environment switches. Read nowhere else.
+
+| name         | meaning                                                               |
+|--------------|-----------------------------------------------------------------------|
+| QOQC_DUMP    | directory for numbered graphs, generated kernels and the report       |
+| QOQC_CACHE   | directory for generated kernel sources (default: ~/.cache/qoqc)       |
+| QOQC_LOG     | level for the `qoqc` logger (DEBUG, INFO, WARNING; default WARNING)    |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from qoqc.errors import OptionError
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of `torch.compile(model, backend="qoq", options={...})`.
+
+    group_size    weights per level-2 group along the input channels; -1 = one group per channel.
+    kv_bits       bits of the KV cache made by `qoqc.compile`; 16 leaves the model's own cache.
+    prefill_kv    what the tokens of a prefill chunk attend to among themselves: their "exact"
+                  16-bit keys and values, or the "quantized" ones a later read would give.
+                  With "quantized" a forward without a cache quantizes too (perplexity runs).
+    exclude       fnmatch patterns of module names whose linears stay in 16 bit.
+    strict        a linear or attention left in 16 bit is an error, not a line of the report.
+    tune          tile choice of the generated kernels: "heuristic", or "search" on the device.
+    glue          who compiles what is left of the graph: "inductor", or "eager" (debugging).
+    release       drop the 16-bit storage of the packed weights after packing.
+    artifact      directory of a compiled model whose packed weights are used instead of packing.
+    dump          directory for numbered graphs, kernels and the report (or QOQC_DUMP).
+    """
+
+    group_size: Literal[128, -1] = 128
+    kv_bits: Literal[4, 8, 16] = 4
+    prefill_kv: Literal["exact", "quantized"] = "exact"
+    exclude: tuple[str, ...] = ()
+    strict: bool = False
+    tune: Literal["heuristic", "search"] = "heuristic"
+    glue: Literal["inductor", "eager"] = "inductor"
+    release: bool = False
+    artifact: str | None = None
+    dump: str | None = None
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any] | None) -> Options:
+        """Check a plain dict (torch.compile's `options`) and fill in defaults.
+
+        Raises OptionError naming the option, the value and the allowed set.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        hints = get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for name, value in (raw or {}).items():
+            if name not in known:
+                raise OptionError(f"unknown option {name!r}; qoqc knows {', '.join(sorted(known))}")
+            values[name] = _checked(name, value, hints[name])
+        values.setdefault("dump", os.environ.get("QOQC_DUMP") or None)
+        return cls(**values)
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` if the annotation `hint` admits it, else OptionError."""
+    allowed = get_args(hint)
+    if name == "exclude":
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not all(isinstance(i, str) for i in items):
+            raise OptionError(f"option exclude={value!r}: expected a list of name patterns")
+        return tuple(items)
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise OptionError(f"option {name}={value!r}: expected True or False")
+        return value
+    if type(None) in allowed:
+        if value is not None and not isinstance(value, (str, os.PathLike)):
+            raise OptionError(f"option {name}={value!r}: expected a directory path")
+        return None if value is None else os.fspath(value)
+    # bool is an int, so 1 == True must not pass for a number
+    if isinstance(value, bool) or value not in allowed:
+        raise OptionError(f"option {name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
+    return value
+
+
+def cache_dir() -> Path:
+    """The directory for generated kernels and tuning tables."""
+    return Path(os.environ.get("QOQC_CACHE") or Path.home() / ".cache" / "qoqc")
+
+
+def log_level() -> str:
+    """The level of the `qoqc` logger; raises OptionError for an unknown one."""
+    level = os.environ.get("QOQC_LOG", "WARNING").upper()
+    if level not in LOG_LEVELS:
+        raise OptionError(f"QOQC_LOG={level!r}: expected one of {', '.join(LOG_LEVELS)}")
+    return level

@@ -1,0 +1,211 @@
+"""The qoqc:: ops: schema, fake, reference. Passes write them, codegen gives them kernels.
+
+The reference (ir/reference.py) is registered for every device; codegen registers Triton kernels
+for CUDA on top. Shapes: B batch, H KV heads, Hq query heads, S new tokens, P pages per sequence,
+K in_features, N out_features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qoqc.ir import reference
+from qoqc.ir.spec import PAGE
+from qoqc.quant.activation import quantize_act as _quantize_act
+from qoqc.quant.kv import fake_quantize_kv
+from qoqc.quant.weight import PackedWeight, expand_int8
+
+SCHEMAS = {
+    # x [..., K] -> int8 [..., K], token_scale fp32 [...], token_sum int32 [...]
+    "quantize_act": "(Tensor x) -> (Tensor, Tensor, Tensor)",
+    # one format: group_word (g128) or channel_zero (per channel) -> dtype [..., N]
+    "w4a8_linear": (
+        "(Tensor xq, Tensor token_scale, Tensor token_sum, Tensor qweight, Tensor channel_scale, "
+        "Tensor? group_word, Tensor? channel_zero, Tensor? bias, Tensor? residual, "
+        "ScalarType dtype) -> Tensor"
+    ),
+    # w4a8_linear with the weight expanded to int8 [N, K] beforehand: what a CPU runs
+    "int8_linear": (
+        "(Tensor xq, Tensor token_scale, Tensor w8, Tensor channel_scale, Tensor? bias, "
+        "Tensor? residual, ScalarType dtype) -> Tensor"
+    ),
+    # k [B, H, S, Dk], v [B, H, S, Dv] into the pages from position start[b] on
+    "kv4_append": (
+        "(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!) kv_words, Tensor block_table, "
+        "Tensor start, Tensor k, Tensor v, int bits) -> ()"
+    ),
+    # -> k [B, H, P*64, Dk], v [B, H, P*64, Dv]; the last S of `length` tokens from the chunk
+    "kv4_dequant": (
+        "(Tensor k_pages, Tensor v_pages, Tensor kv_words, Tensor block_table, Tensor length, "
+        "Tensor? k_chunk, Tensor? v_chunk, int bits, ScalarType dtype) -> (Tensor, Tensor)"
+    ),
+    # q [B, Hq, S, Dk] -> [B, Hq, S, Dv]
+    "kv4_attention": (
+        "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor kv_words, Tensor block_table, "
+        "Tensor length, Tensor? mask, Tensor? k_chunk, Tensor? v_chunk, float scale, int bits, "
+        "bool causal) -> Tensor"
+    ),
+    # x [..., D] -> [..., D]: the value a cache of `bits` would give back
+    "kv4_round": "(Tensor x, int bits) -> Tensor",
+}
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"qoqc::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+quantize_act = torch.ops.qoqc.quantize_act.default
+w4a8_linear = torch.ops.qoqc.w4a8_linear.default
+int8_linear = torch.ops.qoqc.int8_linear.default
+kv4_append = torch.ops.qoqc.kv4_append.default
+kv4_dequant = torch.ops.qoqc.kv4_dequant.default
+kv4_attention = torch.ops.qoqc.kv4_attention.default
+kv4_round = torch.ops.qoqc.kv4_round.default
+
+
+def packed_of(
+    xq: Tensor,
+    qweight: Tensor,
+    channel_scale: Tensor,
+    group_word: Tensor | None,
+    channel_zero: Tensor | None,
+) -> PackedWeight:
+    """The PackedWeight behind the tensors of a w4a8_linear call; ValueError if they disagree."""
+    n, k = channel_scale.shape[0], xq.shape[-1]
+    if (group_word is None) == (channel_zero is None):
+        raise ValueError("w4a8_linear takes group_word (g128) or channel_zero (per channel): one")
+    if tuple(qweight.shape) != (-(-n // 128), -(-k // 128), 128, 64):
+        raise ValueError(f"qweight {tuple(qweight.shape)} does not hold {n} x {k} 4-bit weights")
+    if xq.dtype != torch.int8 or qweight.dtype != torch.uint8:
+        raise ValueError(f"expected int8 xq and uint8 qweight, got {xq.dtype} and {qweight.dtype}")
+    return PackedWeight(qweight, channel_scale, group_word, channel_zero, n, k)
+
+
+@torch.library.impl("qoqc::quantize_act", "default")
+def _quantize_act_impl(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _quantize_act(x)
+
+
+@torch.library.register_fake("qoqc::quantize_act")
+def _quantize_act_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(x.shape[:-1], dtype=torch.float32),
+        x.new_empty(x.shape[:-1], dtype=torch.int32),
+    )
+
+
+@torch.library.impl("qoqc::w4a8_linear", "default")
+def _w4a8_linear_impl(
+    xq: Tensor,
+    token_scale: Tensor,
+    token_sum: Tensor,
+    qweight: Tensor,
+    channel_scale: Tensor,
+    group_word: Tensor | None,
+    channel_zero: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    # token_sum serves kernels that keep the zero point out of the main loop: the result is equal
+    w8 = expand_int8(packed_of(xq, qweight, channel_scale, group_word, channel_zero))
+    return reference.int8_linear(xq, token_scale, w8, channel_scale, bias, residual, dtype)
+
+
+@torch.library.register_fake("qoqc::w4a8_linear")
+def _w4a8_linear_fake(
+    xq: Tensor,
+    token_scale: Tensor,
+    token_sum: Tensor,
+    qweight: Tensor,
+    channel_scale: Tensor,
+    group_word: Tensor | None,
+    channel_zero: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return xq.new_empty((*xq.shape[:-1], channel_scale.shape[0]), dtype=dtype)
+
+
+@torch.library.impl("qoqc::int8_linear", "default")
+def _int8_linear_impl(
+    xq: Tensor,
+    token_scale: Tensor,
+    w8: Tensor,
+    channel_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return reference.int8_linear(xq, token_scale, w8, channel_scale, bias, residual, dtype)
+
+
+@torch.library.register_fake("qoqc::int8_linear")
+def _int8_linear_fake(
+    xq: Tensor,
+    token_scale: Tensor,
+    w8: Tensor,
+    channel_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return xq.new_empty((*xq.shape[:-1], w8.shape[0]), dtype=dtype)
+
+
+@torch.library.impl("qoqc::kv4_append", "default")
+def _kv4_append_impl(*args: Any) -> None:
+    reference.kv_append(*args)
+
+
+@torch.library.register_fake("qoqc::kv4_append")
+def _kv4_append_fake(*args: Any) -> None:
+    return None
+
+
+@torch.library.impl("qoqc::kv4_dequant", "default")
+def _kv4_dequant_impl(*args: Any) -> tuple[Tensor, Tensor]:
+    return reference.kv_dequant(*args)
+
+
+@torch.library.register_fake("qoqc::kv4_dequant")
+def _kv4_dequant_fake(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    kv_words: Tensor,
+    block_table: Tensor,
+    length: Tensor,
+    k_chunk: Tensor | None,
+    v_chunk: Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    batch, tokens = block_table.shape[0], block_table.shape[1] * PAGE
+    heads, k_dim, v_dim = k_pages.shape[1], k_pages.shape[-1] * 8 // bits, v_pages.shape[2]
+    return (
+        k_pages.new_empty((batch, heads, tokens, k_dim), dtype=dtype),
+        k_pages.new_empty((batch, heads, tokens, v_dim), dtype=dtype),
+    )
+
+
+@torch.library.impl("qoqc::kv4_attention", "default")
+def _kv4_attention_impl(*args: Any) -> Tensor:
+    return reference.kv_attention(*args)
+
+
+@torch.library.register_fake("qoqc::kv4_attention")
+def _kv4_attention_fake(q: Tensor, k_pages: Tensor, v_pages: Tensor, *args: Any) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v_pages.shape[2]))
+
+
+@torch.library.impl("qoqc::kv4_round", "default")
+def _kv4_round_impl(x: Tensor, bits: int) -> Tensor:
+    return fake_quantize_kv(x, bits)
+
+
+@torch.library.register_fake("qoqc::kv4_round")
+def _kv4_round_fake(x: Tensor, bits: int) -> Tensor:
+    return x.new_empty(x.shape)

@@ -1,0 +1,1 @@
+"""Numerics in plain torch: the definition every kernel is tested against."""

@@ -1,0 +1,1 @@
+"""What lives beside a running model: packed weights, caches, devices, private-API adapters."""

@@ -1,0 +1,30 @@
+"""What a GPU is, as far as kernels care: the key under which tile choices are remembered."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceKey:
+    """A GPU model: compute capability (90 = sm_90), SM count, shared memory per block in bytes."""
+
+    name: str
+    arch: int
+    sm_count: int
+    shared_bytes: int
+
+
+def device_key(device: torch.device) -> DeviceKey:
+    """The key of a CUDA device; a stand-in for an sm_80 part where kernels are interpreted."""
+    if device.type != "cuda":
+        return DeviceKey("interpreter", 80, 1, 163 * 1024)
+    props = torch.cuda.get_device_properties(device)
+    return DeviceKey(
+        props.name,
+        props.major * 10 + props.minor,
+        props.multi_processor_count,
+        props.shared_memory_per_block_optin,
+    )
