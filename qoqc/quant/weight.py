@@ -57,8 +57,10 @@ class PackedWeight:
 def quantize_weight(weight: torch.Tensor, group_size: Literal[128, -1]) -> PackedWeight:
     """Quantize `weight` [N, K] of any float dtype by rounding to nearest.
 
-    Raises Unsupported when the weight holds NaN or infinity.
+    Raises Unsupported when the weight holds NaN or infinity, ValueError for another group size.
     """
+    if group_size not in (GROUP, -1):
+        raise ValueError(f"group_size {group_size} is not one of {GROUP}, -1 (per channel)")
     w = weight.detach().float()
     if not torch.isfinite(w).all():
         raise Unsupported("the weight holds NaN or infinite values; repair the checkpoint")
@@ -70,12 +72,14 @@ def _quantize_grouped(w: torch.Tensor) -> PackedWeight:
     groups = ceil_div(k, GROUP)
     channel_scale = w.abs().amax(1) / LEVEL1_MAX if k else w.new_zeros(n)
     w8 = torch.round(w / torch.where(channel_scale > 0, channel_scale, 1.0)[:, None])
+    # a subnormal channel_scale has too few bits to divide the largest weight down to 119
+    w8.clamp_(-LEVEL1_MAX, LEVEL1_MAX)
     padded = w8.new_zeros(n, groups * GROUP)
     padded[:, :k] = w8
     grouped = padded.view(n, groups, GROUP)
     scale, zero = group_grid(grouped.amin(-1), grouped.amax(-1))
     q4 = (torch.round(grouped / scale[..., None]) + zero[..., None]).clamp(0, 15)
-    q4 = q4.to(torch.uint8).view(n, -1)[:, :k]
+    q4 = q4.to(torch.uint8).view(n, groups * GROUP)[:, :k]
     word = scale.int() | ((128 - zero.int() * scale.int()) << 8)
     fill = zero[:, -1].to(torch.uint8) if groups else None
     return PackedWeight(
@@ -113,12 +117,16 @@ def _quantize_per_channel(w: torch.Tensor) -> PackedWeight:
 def expand_int8(packed: PackedWeight) -> torch.Tensor:
     """The integer weight int8 [N, K] that the GEMM multiplies with: exact, zero point removed."""
     n, k = packed.out_features, packed.in_features
-    q4 = unpack_nibbles(packed.qweight, n, k)
     if packed.group_word is None:
         assert packed.channel_zero is not None
-        return (q4.int() - packed.channel_zero[:, None]).to(torch.int8)
-    word = packed.group_word.t().repeat_interleave(GROUP, dim=1)[:, :k]
-    return (q4 * (word & 255) + (word >> 8) - 128).to(torch.int8)
+        q4 = unpack_nibbles(packed.qweight, n, k)
+        return q4.view(torch.int8) - packed.channel_zero[:, None].to(torch.int8)
+    # in bytes, as the kernels do it: q4*s + a never leaves 0..255, so nothing wider is allocated
+    padded = _padded_k(packed)
+    q4 = unpack_nibbles(packed.qweight, n, padded).view(n, padded // GROUP, GROUP)
+    word = packed.group_word.t()[..., None]
+    w8 = (q4 * (word & 255).to(torch.uint8)).add_((word >> 8).to(torch.uint8))
+    return w8.bitwise_xor_(0x80).view(torch.int8).view(n, padded)[:, :k].contiguous()
 
 
 def dequantize_weight(packed: PackedWeight) -> torch.Tensor:
@@ -135,7 +143,7 @@ def rows(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
     return PackedWeight(
         pack_nibbles(q4[start:stop]),
         packed.channel_scale[start:stop].clone(),
-        None if word is None else word[:, start:stop].contiguous(),
+        None if word is None else word[:, start:stop].clone(memory_format=torch.contiguous_format),
         None if zero is None else zero[start:stop].clone(),
         stop - start,
         packed.in_features,
@@ -143,8 +151,20 @@ def rows(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
 
 
 def concat_rows(parts: Sequence[PackedWeight]) -> PackedWeight:
-    """Packed weights of the same format and in_features, stacked along the output channels."""
+    """Packed weights of one format and in_features, stacked along the output channels.
+
+    Raises ValueError when the parts disagree.
+    """
     first = parts[0]
+    for part in parts[1:]:
+        if part.group_size != first.group_size:
+            raise ValueError(
+                f"parts of different format: group_size {part.group_size} and {first.group_size}"
+            )
+        if part.in_features != first.in_features:
+            raise ValueError(
+                f"parts of different in_features: {part.in_features} and {first.in_features}"
+            )
     if len(parts) == 1:
         return first
     q4 = [unpack_nibbles(p.qweight, p.out_features, _padded_k(p)) for p in parts]

@@ -1,0 +1,258 @@
+"""Quantize new keys and values and write them into the pages of the KV cache.
+
+k [B, H, S, Dk], v [B, H, S, Dv] any float dtype -> k_pages, v_pages, kv_words (quant/kv.py) at
+positions start[b] + 0..S-1. Twin: ir/reference.py kv_append, bit for bit.
+
+A program owns, in one page of one sequence and head, the token slots j and j + 32 for BLOCK_J
+values of j. At 4 bits these share the bytes of V, so no byte has two writers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from qoqc.codegen.family import Family, Tile
+from qoqc.codegen.kernels.pieces_kv import check_pages, unit_stride
+from qoqc.ir.spec import PAGE, KVSpec
+from qoqc.quant.kv import HALF_PAGE
+from qoqc.quant.pack import ceil_div
+from qoqc.runtime.device import DeviceKey
+
+FP16_MAX = tl.constexpr(65504.0)
+FP16_NAN = tl.constexpr(0x7E00)
+ROUND = tl.constexpr(12582912.0)
+"""1.5 * 2**23: adding it to an fp32 of magnitude < 2**22 rounds to an integer, half to even."""
+
+
+@triton.jit
+def half_bits(x):
+    """The bits of fp32 x rounded to fp16, in an int32; one pattern for every NaN."""
+    bits = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return tl.where(x == x, bits, FP16_NAN)
+
+
+@triton.jit
+def extent(x, live):
+    """Minimum, maximum and "holds NaN" of the rows of fp32 x [T, D], `live` channels only."""
+    low = tl.min(tl.where(live, x, float("inf")), 1)
+    high = tl.max(tl.where(live, x, float("-inf")), 1)
+    return low, high, tl.max(((x != x) & live).to(tl.int32), 1)
+
+
+@triton.jit
+def grid_of(low, high, broken, TOP: tl.constexpr):
+    """kv_grid of quant/kv.py from the extent of vectors: low, 1 / scale as fp32 [T, 1], words."""
+    low = tl.minimum(tl.maximum(low, -FP16_MAX), FP16_MAX).to(tl.float16).to(tl.float32)
+    high = tl.minimum(tl.maximum(high, -FP16_MAX), FP16_MAX)
+    low = tl.where(broken > 0, float("nan"), low)
+    scale = tl.div_rn(high - low, tl.full(high.shape, TOP, tl.float32))
+    # NaN survives minimum and maximum on no device for sure
+    scale = tl.where(broken > 0, float("nan"), tl.minimum(tl.maximum(scale, 0.0), FP16_MAX))
+    word = half_bits(scale) | (half_bits(low) << 16)
+    step = scale.to(tl.float16).to(tl.float32)
+    # both sides of tl.where are computed, so the divisor must not be zero
+    inverse = tl.div_rn(tl.full(step.shape, 1.0, tl.float32), tl.where(step > 0, step, 1.0))
+    inverse = tl.where(step > 0, inverse, 0.0)
+    return low[:, None], inverse[:, None], word
+
+
+@triton.jit
+def codes_of(x, low, inverse, TOP: tl.constexpr):
+    """The codes int32 [T, D] of fp32 x on a grid; NaN gives 0."""
+    position = (x - low) * inverse
+    # clamping first gives the same codes and keeps the product out of a fused multiply-add,
+    # which would round once where the definition rounds twice
+    inside = tl.minimum(tl.maximum(tl.where(position == position, position, 0.0), 0.0), TOP)
+    return (inside + ROUND - ROUND).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["seq", "pages", "table_stride", "start_stride"])
+def kv_append(
+    k_pages_ptr,
+    v_pages_ptr,
+    words_ptr,
+    table_ptr,
+    table_stride,
+    start_ptr,
+    start_stride,
+    k_ptr,
+    k_stride_b,
+    k_stride_h,
+    k_stride_s,
+    v_ptr,
+    v_stride_b,
+    v_stride_h,
+    v_stride_s,
+    seq,
+    pages,
+    KV_HEADS: tl.constexpr,
+    K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Append `seq` tokens; SINGLE: seq is 1, and one program covers its slot."""
+    HALF: tl.constexpr = 32
+    TOP: tl.constexpr = 15.0 if BITS == 4 else 255.0
+    K_HALF: tl.constexpr = K_DIM // 2
+    K_BYTES: tl.constexpr = K_DIM * BITS // 8
+    V_BYTES: tl.constexpr = 8 * BITS
+    b = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    start = tl.load(start_ptr + b * start_stride)
+    first_page = start // (2 * HALF)
+    if SINGLE:
+        block_page = first_page
+        j = (start % HALF).to(tl.int32) + tl.arange(0, BLOCK_J)
+    else:
+        block_page = first_page + tl.program_id(0) // (HALF // BLOCK_J)
+        j = (tl.program_id(0) % (HALF // BLOCK_J)) * BLOCK_J + tl.arange(0, BLOCK_J)
+    # a position outside the table is dropped, never written
+    inside = (start >= 0) & (block_page < pages)
+    page = tl.load(table_ptr + b * table_stride + block_page, mask=inside, other=0).to(tl.int64)
+    page_head = page * KV_HEADS + h
+    k_page = k_pages_ptr + page_head * (2 * HALF * K_BYTES)
+    v_page = v_pages_ptr + page_head * (V_DIM * V_BYTES)
+    words = words_ptr + page_head * (4 * HALF)
+    token0 = block_page * (2 * HALF) + j - start  # index into the chunk, of slots j and j + 32
+    token1 = token0 + HALF
+    new0 = inside & (token0 >= 0) & (token0 < seq)  # [BLOCK_J]
+    new1 = inside & (token1 >= 0) & (token1 < seq)
+
+    # keys: both halves of a vector, as the byte (t, c) holds channels c and c + K_DIM / 2
+    c = tl.arange(0, BLOCK_K)
+    k_base = k_ptr + b * k_stride_b + h * k_stride_h
+    for half in tl.static_range(2):
+        token = token0 if half == 0 else token1
+        new = new0 if half == 0 else new1
+        slot = j + half * HALF
+        live = new[:, None] & (c < K_HALF)[None, :]
+        rows = k_base + token[:, None] * k_stride_s + c[None, :]
+        left = tl.load(rows, mask=live, other=0.0).to(tl.float32)  # [BLOCK_J, BLOCK_K]
+        right = tl.load(rows + K_HALF, mask=live, other=0.0).to(tl.float32)
+        left_low, left_high, left_broken = extent(left, live)
+        right_low, right_high, right_broken = extent(right, live)
+        low, inverse, word = grid_of(
+            tl.minimum(left_low, right_low),
+            tl.maximum(left_high, right_high),
+            left_broken | right_broken,
+            TOP,
+        )
+        left_codes = codes_of(left, low, inverse, TOP)
+        right_codes = codes_of(right, low, inverse, TOP)
+        target = k_page + slot[:, None] * K_BYTES + c[None, :]
+        if BITS == 4:
+            tl.store(target, (left_codes | (right_codes << 4)).to(tl.uint8), mask=live)
+        else:
+            tl.store(target, left_codes.to(tl.uint8), mask=live)
+            tl.store(target + K_HALF, right_codes.to(tl.uint8), mask=live)
+        tl.store(words + slot, word, mask=new)
+
+    # values: bits 4, byte (d, j) holds tokens j and j + 32
+    d = tl.arange(0, BLOCK_V)
+    in_d = (d < V_DIM)[None, :]
+    v_base = v_ptr + b * v_stride_b + h * v_stride_h + d[None, :]
+    live0 = new0[:, None] & in_d
+    live1 = new1[:, None] & in_d
+    x0 = tl.load(v_base + token0[:, None] * v_stride_s, mask=live0, other=0.0).to(tl.float32)
+    x1 = tl.load(v_base + token1[:, None] * v_stride_s, mask=live1, other=0.0).to(tl.float32)
+    min0, max0, broken0 = extent(x0, live0)
+    min1, max1, broken1 = extent(x1, live1)
+    low0, inverse0, word0 = grid_of(min0, max0, broken0, TOP)
+    low1, inverse1, word1 = grid_of(min1, max1, broken1, TOP)
+    codes0 = codes_of(x0, low0, inverse0, TOP)
+    codes1 = codes_of(x1, low1, inverse1, TOP)
+    target = v_page + d[None, :] * V_BYTES + j[:, None]
+    if BITS == 4:
+        old = tl.load(target, mask=live0 != live1, other=0).to(tl.int32)
+        low_nibble = tl.where(live0, codes0, old & 15)
+        high_nibble = tl.where(live1, codes1 << 4, old & 240)
+        tl.store(target, (low_nibble | high_nibble).to(tl.uint8), mask=live0 | live1)
+    else:
+        tl.store(target, codes0.to(tl.uint8), mask=live0)
+        tl.store(target + HALF, codes1.to(tl.uint8), mask=live1)
+    tl.store(words + 2 * HALF + j, word0, mask=new0)
+    tl.store(words + 3 * HALF + j, word1, mask=new1)
+
+
+def launch_kv_append(
+    kernel: Any,
+    tile: Tile,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    kv_words: torch.Tensor,
+    block_table: torch.Tensor,
+    start: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> None:
+    """Launch `kernel`, the template bound for a KVSpec and `tile`, on the arguments of kv4_append.
+
+    A token at a position of P * 64 or more is not written: the host does not know the positions.
+    Raises ValueError when the pages are not contiguous or a last axis has a stride.
+    """
+    batch, heads, seq = k.shape[:3]
+    if 0 in (batch, heads, seq):
+        return
+    check_pages(k_pages, v_pages, kv_words, block_table)
+    k, v = unit_stride(k), unit_stride(v)
+    options = dict(tile.constexprs)
+    if options["SINGLE"]:
+        if seq != 1:
+            raise ValueError(f"this kv_append kernel appends 1 token, got {seq}: choose by size")
+        blocks = 1
+    else:
+        # a chunk of `seq` tokens that may start anywhere in a page touches so many pages
+        blocks = ceil_div(seq + PAGE - 1, PAGE) * (HALF_PAGE // options["BLOCK_J"])
+    kernel[(blocks, heads, batch)](
+        k_pages,
+        v_pages,
+        kv_words,
+        block_table,
+        block_table.stride(0),
+        start,
+        start.stride(0),
+        k,
+        *k.stride()[:3],
+        v,
+        *v.stride()[:3],
+        seq,
+        block_table.shape[1],
+    )
+
+
+def bind(spec: KVSpec, tile: Tile) -> dict[str, Any]:
+    """The constexprs of the template for a cache format."""
+    return {
+        "KV_HEADS": spec.kv_heads,
+        "K_DIM": spec.k_dim,
+        "V_DIM": spec.v_dim,
+        "BITS": spec.bits,
+        "BLOCK_K": triton.next_power_of_2(spec.k_dim // 2),
+        "BLOCK_V": triton.next_power_of_2(spec.v_dim),
+        **dict(tile.constexprs),
+    }
+
+
+def _tile(single: int, block_j: int, num_warps: int) -> Tile:
+    return Tile((("SINGLE", single), ("BLOCK_J", block_j)), num_warps=num_warps, num_stages=1)
+
+
+def heuristic(spec: KVSpec, size: int, device: DeviceKey) -> Tile:
+    """One slot for one token; else tiles of 2 x 8 tokens, about 16 elements per thread."""
+    return _tile(1, 1, 1) if size == 1 else _tile(0, 8, 4)
+
+
+def candidates(spec: KVSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
+    """Tiles worth timing for `size` new tokens per sequence."""
+    if size == 1:
+        return [_tile(1, 1, warps) for warps in (1, 2, 4)]
+    return [_tile(0, block_j, warps) for block_j in (4, 8, 16, 32) for warps in (4, 8)]

@@ -1,0 +1,210 @@
+"""Jitted helpers of the KV-cache kernels: words, codes, and the online softmax over them.
+
+A cached channel is `code * scale + low`. The kernels use the centred form
+`(code - CENTRE) * scale + middle` with `middle = low + CENTRE * scale`: the codes stay small signed
+integers, exact in fp16 and bf16, and the constants of a token move out of the dot products:
+
+    q . k        = scale * (q . codes) + middle * sum(q)
+    sum_t p_t v_t = sum_t (p_t * scale_t) * codes_t + sum_t p_t * middle_t
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+HEADROOM = tl.constexpr(16384.0)
+"""The largest weight given to a dot product: 2**14 leaves fp16 28 octaves of full precision."""
+
+SMALLEST_SCALE = tl.constexpr(2.0**-24)
+"""The smallest positive fp16: where the running maximum of the value scales starts."""
+
+# Four packed bytes -> four low and four high nibbles as fp16. 0x6400 | n is the fp16 1024 + n,
+# 0x6408 is 1032: three instructions for two codes where an integer conversion takes four.
+NIBBLES_FP16 = tl.constexpr("""
+{
+.reg .b32 t, u, magic, centre;
+mov.b32 magic, 0x64646464;
+mov.b32 centre, 0x64086408;
+and.b32 t, $4, 0x0f0f0f0f;
+shr.u32 u, $4, 4;
+and.b32 u, u, 0x0f0f0f0f;
+prmt.b32 $0, t, magic, 0x4140;
+prmt.b32 $1, t, magic, 0x4342;
+prmt.b32 $2, u, magic, 0x4140;
+prmt.b32 $3, u, magic, 0x4342;
+sub.f16x2 $0, $0, centre;
+sub.f16x2 $1, $1, centre;
+sub.f16x2 $2, $2, centre;
+sub.f16x2 $3, $3, centre;
+}
+""")
+
+# The same for bf16: 0x4300 | n is 128 + n. fma, because sub.bf16x2 needs sm_90; -136 is 0xc308.
+NIBBLES_BF16 = tl.constexpr("""
+{
+.reg .b32 t, u, magic, one, centre;
+mov.b32 magic, 0x43434343;
+mov.b32 one, 0x3f803f80;
+mov.b32 centre, 0xc308c308;
+and.b32 t, $4, 0x0f0f0f0f;
+shr.u32 u, $4, 4;
+and.b32 u, u, 0x0f0f0f0f;
+prmt.b32 $0, t, magic, 0x4140;
+prmt.b32 $1, t, magic, 0x4342;
+prmt.b32 $2, u, magic, 0x4140;
+prmt.b32 $3, u, magic, 0x4342;
+fma.rn.bf16x2 $0, $0, one, centre;
+fma.rn.bf16x2 $1, $1, one, centre;
+fma.rn.bf16x2 $2, $2, one, centre;
+fma.rn.bf16x2 $3, $3, one, centre;
+}
+""")
+
+NIBBLE_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,r")
+
+
+@triton.jit
+def small_codes(codes, MAGIC_CENTRE: tl.constexpr, DTYPE: tl.constexpr):
+    """uint8 codes as centred DTYPE values; MAGIC_CENTRE = 1024 + the centre."""
+    # 0x6400 | n is the fp16 1024 + n for n < 1024: cheaper than a conversion on every device
+    bits = codes.to(tl.int16) | 0x6400
+    return (bits.to(tl.float16, bitcast=True) - MAGIC_CENTRE).to(DTYPE)
+
+
+@triton.jit
+def unpack_codes(stored, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Packed bytes uint8 -> the low and the high nibbles, centred (code - 8), as DTYPE."""
+    if ASM and DTYPE == tl.float16:
+        low, high = tl.inline_asm_elementwise(
+            NIBBLES_FP16,
+            NIBBLE_CONSTRAINTS,
+            [stored],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    elif ASM and DTYPE == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            NIBBLES_BF16,
+            NIBBLE_CONSTRAINTS,
+            [stored],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low = small_codes(stored & 15, 1032.0, DTYPE)
+        high = small_codes(stored >> 4, 1032.0, DTYPE)
+    return low, high
+
+
+@triton.jit
+def load_codes(
+    base, offsets, second, mask, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
+):
+    """Two tiles of centred codes: bits 4, the nibbles of the bytes at base + offsets; bits 8, the
+    bytes there and at `second` bytes further."""
+    if BITS == 4:
+        first_codes, second_codes = unpack_codes(
+            tl.load(base + offsets, mask=mask, other=0), DTYPE, ASM
+        )
+    else:
+        first_codes = small_codes(tl.load(base + offsets, mask=mask, other=0), 1152.0, DTYPE)
+        second_codes = small_codes(
+            tl.load(base + second + offsets, mask=mask, other=0), 1152.0, DTYPE
+        )
+    return first_codes, second_codes
+
+
+@triton.jit
+def split_word(word, CENTRE: tl.constexpr):
+    """int32 words (fp16 scale | fp16 low << 16) -> fp32 scale and middle."""
+    scale = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    low = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return scale, low + CENTRE * scale
+
+
+@triton.jit
+def power_of_two_above(x):
+    """The smallest power of two >= the positive fp32 scalar x: scaling by it rounds nothing."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def greatest_scale(top, scale0, scale1):
+    """The running power of two above every value scale seen; NaN scales do not count."""
+    scales = tl.maximum(
+        tl.where(scale0 == scale0, scale0, 0.0), tl.where(scale1 == scale1, scale1, 0.0)
+    )
+    return power_of_two_above(tl.maximum(top, tl.max(scales, 0)))
+
+
+@triton.jit
+def rise(peak, total, s0, s1, AXIS: tl.constexpr):
+    """One online-softmax step over two score tiles (log2 domain, -inf = not seen; tokens on AXIS).
+
+    Returns the new peak and total, the factor by which older sums shrink, and the tiles' p.
+    """
+    new = tl.maximum(peak, tl.maximum(tl.max(s0, AXIS), tl.max(s1, AXIS)))
+    # a row that has seen nothing has no peak to subtract: -inf - -inf would be NaN
+    base = tl.where(new == float("-inf"), 0.0, new)
+    shrink = tl.exp2(peak - base)
+    p0 = tl.exp2(s0 - tl.expand_dims(base, AXIS))
+    p1 = tl.exp2(s1 - tl.expand_dims(base, AXIS))
+    total = total * shrink + tl.sum(p0, AXIS) + tl.sum(p1, AXIS)
+    return new, total, shrink, p0, p1
+
+
+@triton.jit
+def weigh(p, s, factor):
+    """p * factor where the score s was seen, else 0: an unseen token may hold a NaN scale."""
+    return tl.where(s == float("-inf"), 0.0, p * factor)
+
+
+def operand_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The dtype in which q and the cached codes enter the dot product for a q of `dtype`."""
+    # the interpreter multiplies bfloat16 by its bit pattern
+    if dtype is torch.float32 or triton.knobs.runtime.interpret:
+        return tl.float32
+    return tl.float16 if dtype is torch.float16 else tl.bfloat16
+
+
+def weight_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The dtype of the softmax weights that meet cached value codes, for a q of `dtype`."""
+    # weights are scaled to at most HEADROOM, so fp16's 11 bits serve bf16 models too
+    return tl.float32 if operand_dtype(dtype) == tl.float32 else tl.float16
+
+
+def use_asm() -> bool:
+    """Whether nibbles are unpacked by PTX: not in the interpreter, not on AMD GPUs."""
+    return torch.version.hip is None and not triton.knobs.runtime.interpret
+
+
+def lanes(size: int) -> int:
+    """The padded width of a tile axis of `size` channels: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied if its last axis is strided."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def check_pages(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, kv_words: torch.Tensor, block_table: torch.Tensor
+) -> None:
+    """Raises ValueError unless the cache tensors are laid out as the kernels address them."""
+    pages = {"k_pages": k_pages, "v_pages": v_pages, "kv_words": kv_words}
+    for name, tensor in pages.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}: pass a contiguous tensor")
+    if block_table.dtype is not torch.int32 or (
+        block_table.stride(1) != 1 and block_table.shape[1] > 1
+    ):
+        raise ValueError(
+            f"block_table is {block_table.dtype} with strides {block_table.stride()}: "
+            "pass int32 rows without gaps"
+        )

@@ -1,0 +1,145 @@
+"""From a `@triton.jit` template and the values of its constexprs to a module that runs alone.
+
+Branches on bound constexprs are decided on the syntax tree and cut from the text, so formatting
+and comments of what stays survive. A pointer that a flag makes unused is still an argument: the
+launcher passes any tensor for it, and the flag guards the load.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import math
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.jit import KernelInterface
+
+from qoqc.codegen.prune import Pruner, drop_parameters
+
+IMPORTS = "import torch\nimport triton\nimport triton.language as tl"
+_MODULES = {"torch": torch, "triton": triton, "tl": tl}
+
+
+def specialize(template: Any, constexprs: Mapping[str, Any]) -> str:
+    """The source of a module with `template`, its constexprs bound, and all it calls.
+
+    `constexprs` names every parameter of the template annotated `tl.constexpr`. Values are bool,
+    int, float, str, None or a Triton dtype. The module imports torch, triton and triton.language.
+    Raises ValueError for missing or unknown names, and for a global the module could not hold.
+    """
+    body = _bind(template, constexprs)
+    pieces: dict[str, tuple[Any, str]] = {}
+    _collect(body, template.fn, pieces)
+    constants = [text for owner, text in pieces.values() if isinstance(owner, tl.constexpr)]
+    helpers = [text for owner, text in pieces.values() if not isinstance(owner, tl.constexpr)]
+    top = "\n\n".join([IMPORTS, *(["\n".join(constants)] if constants else [])])
+    return "\n\n\n".join([top, *helpers, body]) + "\n"
+
+
+def source_of(fn: Any) -> str:
+    """The dedented source of a jitted function, decorators included."""
+    source: str = inspect.getsource(fn.fn)
+    return textwrap.dedent(source).rstrip()
+
+
+def literal(value: Any) -> str:
+    """`value` as the Python expression that gives it in a generated module."""
+    value = value.value if isinstance(value, tl.constexpr) else value
+    if isinstance(value, tl.dtype):
+        names = [name for name, known in vars(tl).items() if known is value]
+        return f"tl.{names[0]}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    if isinstance(value, str) and "\n" in value:
+        return '"""' + value.replace("\\", "\\\\").replace('"""', '\\"""') + '"""'
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    raise ValueError(f"{value!r} cannot be written as a constexpr: pass a number, str or tl.dtype")
+
+
+def _bind(template: Any, constexprs: Mapping[str, Any]) -> str:
+    """The source of the template alone, specialised."""
+    source = source_of(template)
+    fn = ast.parse(source).body[0]
+    assert isinstance(fn, ast.FunctionDef)
+    declared = {arg.arg for arg in fn.args.args if _is_constexpr(arg)}
+    if declared != set(constexprs):
+        missing, unknown = declared - set(constexprs), set(constexprs) - declared
+        raise ValueError(
+            f"{fn.name} takes the constexprs {sorted(declared)}; bind them all "
+            f"(missing {sorted(missing)}, unknown {sorted(unknown)})"
+        )
+    overwritten = declared & _stored_names(fn)
+    if overwritten or fn.args.defaults:
+        raise ValueError(
+            f"{fn.name} assigns to {sorted(overwritten)} or has default arguments; a template "
+            "must leave its constexprs alone and take every argument from the launcher"
+        )
+    head, body = Pruner(source, {**_constants(template.fn), **constexprs}).function()
+    head = drop_parameters(head, declared)
+    docstring, rest = _split_docstring(head, body)
+    kept = ast.walk(ast.parse(f"{head}\n{body}"))
+    used = {node.id for node in kept if isinstance(node, ast.Name)}
+    bound = [f"    {n}: tl.constexpr = {literal(v)}" for n, v in constexprs.items() if n in used]
+    return "\n".join([head, *docstring, *bound, *rest])
+
+
+def _is_constexpr(arg: ast.arg) -> bool:
+    return arg.annotation is not None and ast.unparse(arg.annotation).endswith("constexpr")
+
+
+def _stored_names(fn: ast.FunctionDef) -> set[str]:
+    nodes = (node for node in ast.walk(fn) if isinstance(node, ast.Name))
+    return {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
+
+
+def _constants(fn: Any) -> dict[str, Any]:
+    """The module-level constexprs a branch of `fn` may test."""
+    return {k: v.value for k, v in fn.__globals__.items() if isinstance(v, tl.constexpr)}
+
+
+def _split_docstring(head: str, body: str) -> tuple[list[str], list[str]]:
+    """The lines of `body` that are the docstring, and the others."""
+    tree = ast.parse(f"{head}\n{body}").body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    lines = body.split("\n")
+    if ast.get_docstring(tree) is None:
+        return [], lines
+    end = (tree.body[0].end_lineno or 0) - len(head.split("\n"))
+    return lines[:end], lines[end:]
+
+
+def _collect(text: str, fn: Any, pieces: dict[str, tuple[Any, str]]) -> None:
+    """Add to `pieces` the constants and helpers that `text`, the source of `fn`, refers to.
+
+    Helpers come before their callers.
+    """
+    tree = ast.parse(text).body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    local = {arg.arg for arg in tree.args.args} | _stored_names(tree) | {tree.name}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Name) or node.id in local or hasattr(builtins, node.id):
+            continue
+        name, value = node.id, fn.__globals__.get(node.id)
+        if name in pieces:
+            if pieces[name][0] is not value:
+                raise ValueError(
+                    f"{tree.name}: two different globals are called {name}; rename one"
+                )
+        elif isinstance(value, KernelInterface):
+            helper = source_of(value)
+            _collect(helper, value.fn, pieces)
+            pieces[name] = (value, helper)
+        elif isinstance(value, tl.constexpr):
+            pieces[name] = (value, f"{name} = tl.constexpr({literal(value)})")
+        elif value is not _MODULES.get(name) or value is None:
+            raise ValueError(
+                f"{tree.name} uses the global {name} = {value!r}; a template may use torch, "
+                "triton, tl, jitted helpers and module-level tl.constexpr values"
+            )

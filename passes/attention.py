@@ -1,0 +1,128 @@
+"""Attention over a KV4 cache without materialising 16-bit keys and values."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from qoqc.ir import ops
+from qoqc.passes.context import Context
+from qoqc.passes.match import SDPA, example, is_call, is_view, source
+
+CACHE_WRITES = frozenset({"index_copy_", "copy_", "scatter_"})
+
+
+def attention(gm: GraphModule, ctx: Context) -> int:
+    """Fuse a cache read into the attention behind it.
+
+        k, v = kv4_dequant(pages, length, chunk);  o = sdpa(q, repeat_kv(k), repeat_kv(v), mask)
+          ->  o = kv4_attention(q, pages, length, mask, chunk)
+
+    Without a cache, prefill_kv="quantized" makes the chunk attend to its own rounded values:
+
+        o = sdpa(q, k, v)  ->  o = sdpa(q, kv4_round(k), kv4_round(v))
+    """
+    count = 0
+    for number, node in enumerate(n for n in list(gm.graph.nodes) if is_call(n, SDPA)):
+        read = _cache_read(node)
+        if isinstance(read, Node):
+            count += _fuse(gm, ctx, node, read, f"attention {number}")
+        elif _is_16bit_cache(node):
+            reason = f"reads a 16-bit cache ({read}); generate through qoqc.compile or a KV4Cache"
+            ctx.refuse(f"attention {number}", reason, kept=ctx.options.kv_bits == 16)
+        elif ctx.options.prefill_kv == "quantized" and ctx.options.kv_bits != 16:
+            count += _round_chunk(gm, node, ctx.options.kv_bits)
+    for node in gm.graph.nodes:
+        if is_call(node, ops.kv4_dequant) and not _is_only_shape_read(node):
+            ctx.refuse(_layer_name(ctx, node), "not SDPA: runs as dequantize + its own attention")
+    return count
+
+
+def _cache_read(sdpa: Node) -> Any:
+    """The kv4_dequant node behind K and V, or a word on what is there instead."""
+    k, v = source(sdpa.args[1]), source(sdpa.args[2])
+    if is_call(k, operator.getitem) and is_call(v, operator.getitem):
+        if is_call(k.args[0], ops.kv4_dequant) and k.args[0] is v.args[0]:
+            return k.args[0]
+    return f"{getattr(k, 'target', k)}"
+
+
+def _fuse(gm: GraphModule, ctx: Context, sdpa: Node, read: Node, name: str) -> int:
+    q, mask = sdpa.args[0], sdpa.kwargs["attn_mask"]
+    *pages, length, k_chunk, v_chunk, bits, _ = read.args
+    query = example(q)
+    if mask is not None and example(mask).dtype is not torch.bool:
+        ctx.refuse(name, "additive mask: runs as dequantize + SDPA")
+        return 0
+    if sdpa.kwargs["is_causal"]:
+        ctx.refuse(name, "is_causal over a filled cache: runs as dequantize + SDPA")
+        return 0
+    if sdpa.kwargs["dropout_p"]:
+        ctx.refuse(name, "attention dropout: runs as dequantize + SDPA")
+        return 0
+    if not _whole_heads(sdpa.args[1], read, 0) or not _whole_heads(sdpa.args[2], read, 1):
+        ctx.refuse(name, "keys or values are sliced after the cache: runs as dequantize + SDPA")
+        return 0
+    scale = sdpa.kwargs["scale"]
+    if scale is None:
+        scale = float(query.shape[-1]) ** -0.5
+    with gm.graph.inserting_before(sdpa):
+        fused = gm.graph.call_function(
+            ops.kv4_attention, (q, *pages, length, mask, k_chunk, v_chunk, scale, bits, False)
+        )
+    fused.meta = dict(sdpa.meta)
+    sdpa.replace_all_uses_with(fused)
+    gm.graph.erase_node(sdpa)
+    return 1
+
+
+def _whole_heads(key: Any, read: Node, output: int) -> bool:
+    """Do the views between cache and SDPA only repeat heads, keeping tokens and channels?"""
+    cached, used = example(read), example(key)
+    if cached is None or used is None or used.dim() != 4:
+        return False
+    stored = cached[output]
+    same_tail = tuple(used.shape[2:]) == tuple(stored.shape[2:])
+    return same_tail and used.shape[0] == stored.shape[0]
+
+
+def _round_chunk(gm: GraphModule, sdpa: Node, bits: int) -> int:
+    q, k, v = sdpa.args
+    with gm.graph.inserting_before(sdpa):
+        rounded = [gm.graph.call_function(ops.kv4_round, (x, bits)) for x in (k, v)]
+    for new, old in zip(rounded, (k, v), strict=True):
+        new.meta["example_value"] = example(old)
+    sdpa.args = (q, *rounded)
+    return 1
+
+
+def _is_16bit_cache(sdpa: Node) -> bool:
+    """Is the key the result of an in-place cache write, or a concatenation along the tokens?"""
+    key = sdpa.args[1]
+    while is_view(key):
+        if any(u.op == "call_method" and u.target in CACHE_WRITES for u in key.args[0].users):
+            return True
+        key = key.args[0]
+    if not isinstance(key, Node):
+        return False
+    written = any(u.op == "call_method" and u.target in CACHE_WRITES for u in key.users)
+    dim = (key.args[1] if len(key.args) > 1 else key.kwargs.get("dim", 0)) if key.args else 0
+    joined = is_call(key, torch.cat) and dim in (-2, 2)
+    return written or joined or key.op == "placeholder"
+
+
+def _is_only_shape_read(read: Node) -> bool:
+    """After fusion: is nothing left that reads the dequantized values?"""
+    return all(_dead(user) for user in read.users)
+
+
+def _dead(node: Node) -> bool:
+    harmless = is_view(node) or is_call(node, operator.getitem)
+    return harmless and all(_dead(user) for user in node.users)
+
+
+def _layer_name(ctx: Context, read: Node) -> str:
+    return ctx.name(read.args[0]) if isinstance(read.args[0], Node) else read.name

@@ -1,0 +1,61 @@
+"""Small questions about nodes, asked by every pass."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+LINEAR = torch._C._nn.linear
+SDPA = torch._C._nn.scaled_dot_product_attention
+
+VIEW_METHODS = frozenset(
+    {"view", "reshape", "contiguous", "expand", "transpose", "permute", "unsqueeze", "squeeze"}
+    | {"flatten", "unflatten", "repeat_interleave", "clone", "to", "type_as", "view_as"}
+)
+VIEW_FUNCTIONS = frozenset(
+    {torch.reshape, torch.transpose, torch.permute, torch.unsqueeze, torch.squeeze, torch.flatten}
+)
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Is this a call of one of these functions?"""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def is_method(node: Any, *names: str) -> bool:
+    """Is this a call of one of these tensor methods?"""
+    return isinstance(node, Node) and node.op == "call_method" and node.target in names
+
+
+def is_slice(node: Any) -> bool:
+    """Is this `x[..., a:b]` or the like: indexing of a tensor, not of a tuple of results?"""
+    return is_call(node, operator.getitem) and isinstance(example(node.args[0]), torch.Tensor)
+
+
+def is_view(node: Any) -> bool:
+    """Does this node only move, slice, repeat or copy values of its first argument?"""
+    return is_method(node, *VIEW_METHODS) or is_call(node, *VIEW_FUNCTIONS) or is_slice(node)
+
+
+def source(node: Any) -> Any:
+    """The producer of a value, walking back through shape-only nodes."""
+    while is_view(node):
+        node = node.args[0]
+    return node
+
+
+def example(node: Any) -> Any:
+    """The fake value Dynamo recorded for a node, or None."""
+    return node.meta.get("example_value") if isinstance(node, Node) else None
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by keyword."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+

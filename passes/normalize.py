@@ -1,0 +1,86 @@
+"""One spelling per operation, so that the passes behind it match one form each."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule, Node
+
+from qoqc.passes.context import Context
+from qoqc.passes.match import LINEAR, SDPA, argument, example, is_call, is_method
+
+MATMUL = (operator.matmul, torch.matmul, torch.mm)
+SDPA_OPTIONAL = (("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False), ("scale", None))
+
+
+def normalize(gm: GraphModule, ctx: Context) -> int:
+    """Rewrite spellings of linear and SDPA.
+
+        addmm(b, x, w)              ->   linear(x, t(w), b)
+        x @ w.T                     ->   linear(x, w, None)
+        sdpa(q, k, v, mask, ...)    ->   sdpa(q, k, v, attn_mask=mask, ...), all keywords
+        _set_grad_enabled(...)      ->   (gone: the graph runs under no_grad)
+    """
+    count = 0
+    for node in list(gm.graph.nodes):
+        if is_call(node, torch._C._set_grad_enabled):
+            gm.graph.erase_node(node)
+        elif is_call(node, torch.addmm):
+            count += _addmm(gm, ctx, node)
+        elif is_call(node, *MATMUL):
+            count += _matmul(gm, ctx, node)
+        elif is_call(node, LINEAR, F.linear):
+            x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+            node.target, node.kwargs = LINEAR, {}
+            node.args = (x, weight, argument(node, 2, "bias"))
+        elif is_call(node, SDPA, F.scaled_dot_product_attention):
+            count += _sdpa(node)
+    return count
+
+
+def _replace(gm: GraphModule, node: Node, x: Any, weight: Any, bias: Any) -> int:
+    with gm.graph.inserting_before(node):
+        new = gm.graph.call_function(LINEAR, (x, weight, bias))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+    return 1
+
+
+def _addmm(gm: GraphModule, ctx: Context, node: Node) -> int:
+    if node.kwargs or len(node.args) != 3:  # alpha and beta scale the terms: not a linear
+        return 0
+    bias, x, weight = node.args
+    if not isinstance(weight, Node) or ctx.parameter(weight) is None:
+        return 0
+    with gm.graph.inserting_before(node):
+        transposed = gm.graph.call_method("t", (weight,))
+    stored = example(weight)
+    transposed.meta["example_value"] = None if stored is None else stored.t()
+    return _replace(gm, node, x, transposed, bias)
+
+
+def _matmul(gm: GraphModule, ctx: Context, node: Node) -> int:
+    x, right = node.args[:2]
+    is_transpose = is_method(right, "t") or (is_call(right, getattr) and right.args[1] == "T")
+    if not is_transpose or ctx.parameter(right.args[0]) is None:
+        return 0
+    return _replace(gm, node, x, right.args[0], None)
+
+
+def _sdpa(node: Node) -> int:
+    q, k, v = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
+    optional = {
+        name: argument(node, position, name, default)
+        for position, (name, default) in enumerate(SDPA_OPTIONAL, start=3)
+        if name != "scale"
+    }
+    # scale and enable_gqa are keyword-only in torch's signature
+    optional["scale"] = node.kwargs.get("scale")
+    optional["enable_gqa"] = node.kwargs.get("enable_gqa", False)
+    changed = len(node.args) > 3 or node.target is not SDPA
+    node.target, node.args, node.kwargs = SDPA, (q, k, v), optional
+    return int(changed)

@@ -1,0 +1,22 @@
+"""qoqc: W4A8KV4 for any Hugging Face decoder, as the torch.compile backend "qoq"."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "compile": "qoqc.generate",
+    "load": "qoqc.generate",
+    "save": "qoqc.artifact",
+    "KV4Cache": "qoqc.runtime.kv_cache",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use: `import qoqc` alone stays cheap and free of circles."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'qoqc' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,51 @@
+"""The torch.compile backend "qoq", found through the entry point torch_dynamo_backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from qoqc.artifact import adopt_weights
+from qoqc.config import Options
+from qoqc.pipeline import compile_graph
+from qoqc.runtime.dynamo import warn_on_uncompiled_generate
+
+
+def qoq(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """`torch.compile(model, backend="qoq", options={...})`; options as in qoqc.config.Options.
+
+    `mode` goes to Inductor ("reduce-overhead" turns CUDA graphs on); torch takes only one of
+    `mode` and `options`. Raises OptionError, Unsupported or ArtifactError, which Dynamo wraps.
+    """
+    parsed = Options.parse(options)
+    if parsed.artifact is not None:
+        adopt_weights(parsed.artifact, gm, example_inputs)
+    return compile_graph(gm, example_inputs, parsed, mode)
+
+
+def _is_qoq(backend: Any) -> bool:
+    return backend is qoq or getattr(backend, "compiler_name", None) == "qoq"
+
+
+warn_on_uncompiled_generate(
+    _is_qoq,
+    'torch.compile(model, backend="qoq").generate() runs the uncompiled model: torch binds '
+    "generate to the module it wraps. Use model = qoqc.compile(model), then model.generate().",
+)
+
+
+def check_torch_version(version: str = torch.__version__) -> str | None:
+    """None if this torch is in the supported range, else a line that says what to install."""
+    release = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    if (2, 11) <= release < (2, 14):
+        return None
+    return f"torch {version} is outside the supported range >= 2.11, < 2.14; pip install 'torch<2.14'"

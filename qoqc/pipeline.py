@@ -1,0 +1,127 @@
+"""From a captured graph to something that runs. Read `compile_graph` first: it is the compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from qoqc.codegen.lower import lower
+from qoqc.config import Options
+from qoqc.errors import Unsupported
+from qoqc.log import dump, get_logger
+from qoqc.passes import manager
+from qoqc.passes.context import Context, Refusal
+from qoqc.runtime.dynamo import compile_with_inductor, copy_graph, fake_input
+from qoqc.runtime.executable import Executable
+
+log: logging.Logger = get_logger("pipeline")
+_graph_numbers = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of one graph: rewrites by pass, nodes left in 16 bit, seconds spent."""
+
+    graph: str
+    counts: dict[str, int]
+    refusals: tuple[Refusal, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        left = "; ".join(map(str, self.refusals)) or "none"
+        return (
+            f"{self.graph}: {self.counts['linear']} linears quantized, "
+            f"{self.counts['attention']} attentions; left in 16 bit: {left}; {self.seconds:.1f} s"
+        )
+
+
+reports: deque[Report] = deque(maxlen=256)
+"""The reports of the last graphs, newest last."""
+
+
+def compile_graph(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None = None
+) -> Callable[..., Any]:
+    """Compile a graph captured by Dynamo into a callable with the same arguments and results.
+
+    Raises Unsupported for graphs that need gradients and, under `strict`, for refusals.
+    """
+    start = time.perf_counter()
+    name = f"graph{next(_graph_numbers):03d}"
+    _require_inference(example_inputs)
+    gm = copy_graph(gm)
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    ctx = Context.of(placeholders, example_inputs, options)
+    manager.run(gm, ctx, name)
+    lower(gm, ctx.bound, _device(example_inputs))
+    _require_unreleased(ctx, gm)
+    executable = _bind(gm, ctx, mode)
+    if options.release:
+        for bundle, nodes in ctx.bundles:
+            ctx.store.release(bundle, [ctx.values[node] for node in nodes])
+    seconds = time.perf_counter() - start
+    report = Report(name, dict(ctx.counts), tuple(ctx.refusals), seconds)
+    reports.append(report)
+    log.info("%s", report)
+    dump(options.dump, f"{name}/report.txt", f"{report}\n")
+    return executable
+
+
+def _bind(gm: GraphModule, ctx: Context, mode: str | None) -> Executable:
+    """Compile what is left and remember which arguments it takes from whom."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    kept = [node for node in placeholders if node not in ctx.bound]
+    bound = [node for node in placeholders if node in ctx.bound]
+    assert placeholders == kept + bound, "added inputs stand last"
+    run: Callable[..., Any]
+    if ctx.options.glue == "eager":
+        run = gm.forward
+    else:
+        examples = [ctx.values[n] for n in kept] + [fake_input(ctx.bound[n]) for n in bound]
+        with torch.no_grad():
+            run = compile_with_inductor(gm, examples, mode)
+    watched = [
+        (ctx.index[node], bundle, place)
+        for bundle, nodes in ctx.bundles
+        for place, node in enumerate(nodes)
+    ]
+    return Executable(
+        run, [ctx.index[n] for n in kept], [ctx.bound[n] for n in bound], watched, ctx.store
+    )
+
+
+def _device(example_inputs: Sequence[Any]) -> torch.device:
+    """The device of the parameters; graphs over several are not split here."""
+    devices = [x.device for x in example_inputs if isinstance(x, torch.nn.Parameter)]
+    return devices[0] if devices else torch.device("cpu")
+
+
+def _require_inference(example_inputs: Sequence[Any]) -> None:
+    if torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
+    ):
+        raise Unsupported(
+            'backend "qoq" is inference only, and this graph was captured with gradients enabled; '
+            "call the model under torch.no_grad() or torch.inference_mode(), "
+            "or model.requires_grad_(False)"
+        )
+
+
+def _require_unreleased(ctx: Context, gm: GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if node.op != "placeholder" or node in ctx.bound:
+            continue
+        param = ctx.parameter(node)
+        if param is not None and node.users and ctx.store.is_released(param):
+            raise Unsupported(
+                f"{ctx.name(node)} was released after packing, but this graph reads it in 16 bit; "
+                "load the model again and compile it with release=False"
+            )

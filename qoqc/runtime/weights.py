@@ -1,0 +1,198 @@
+"""Packed weights of live Parameters: packed once, shared by all graphs, never stale.
+
+A Bundle is what one GEMM reads: the rows of one Parameter, or of several that share an input
+(q, k, v). The store remembers for every Parameter which rows of which bundle are its own, so that
+another grouping, or an artifact, can be made from them exactly, also after the 16-bit release.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch.nn import Parameter
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from qoqc.errors import StaleWeights, Unsupported
+from qoqc.quant.weight import PackedWeight, concat_rows, expand_int8, quantize_weight, rows
+
+GroupSize = Literal[128, -1]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRef:
+    """A Parameter used as a weight [N, K]; `transposed` if it is stored [K, N] (Conv1D)."""
+
+    param: Parameter
+    transposed: bool
+    name: str
+
+    def dense(self) -> torch.Tensor:
+        """The 16-bit weight [N, K]."""
+        data = self.param.detach()
+        return data.t() if self.transposed else data
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """What changes when a Parameter is replaced, written in place, or given other storage."""
+
+    identity: int
+    version: int
+    address: int
+
+
+def fingerprint(param: torch.Tensor) -> Fingerprint:
+    """The fingerprint of a Parameter as it is now."""
+    version = 0 if param.is_inference() else param._version
+    return Fingerprint(id(param), version, param.data_ptr())
+
+
+class Bundle:
+    """A packed weight with the Parameters its rows come from."""
+
+    def __init__(self, packed: PackedWeight, refs: Sequence[WeightRef]) -> None:
+        self.packed = packed
+        self.names = [ref.name for ref in refs]
+        self.transposed = [ref.transposed for ref in refs]
+        self.fingerprints = [fingerprint(ref.param) for ref in refs]
+        self.starts = [0]
+        for ref in refs:
+            self.starts.append(self.starts[-1] + ref.param.shape[1 if ref.transposed else 0])
+        self._int8: torch.Tensor | None = None
+
+    def int8(self) -> torch.Tensor:
+        """The expanded weight int8 [N, K] for CPUs; made once, twice the size of the 4-bit one."""
+        if self._int8 is None:
+            self._int8 = expand_int8(self.packed).contiguous()
+        return self._int8
+
+    def overwrite(self, packed: PackedWeight) -> None:
+        """Take the values of another packed weight of the same shape, keeping all addresses."""
+        for name, tensor in packed.tensors().items():
+            self.packed.tensors()[name].copy_(tensor)
+        if self._int8 is not None:
+            self._int8.copy_(expand_int8(self.packed))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    bundle: Bundle
+    position: int
+
+    def packed(self) -> PackedWeight:
+        starts = self.bundle.starts
+        return rows(self.bundle.packed, starts[self.position], starts[self.position + 1])
+
+
+class WeightStore:
+    """All packed weights of the process, found by Parameter. Entries die with their Parameter."""
+
+    def __init__(self) -> None:
+        self._rows = WeakTensorKeyDictionary()
+        self._tombstones: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+
+    def bundle(self, refs: Sequence[WeightRef], group_size: GroupSize) -> Bundle:
+        """The bundle of these weights, in this order; packs what is not packed yet.
+
+        Raises StaleWeights if a packed weight was changed after its 16-bit release.
+        """
+        found = [self._find(ref, group_size) for ref in refs]
+        first = found[0]
+        if (
+            first is not None
+            and len(first.bundle.names) == len(refs)
+            and all(f is not None and f.bundle is first.bundle for f in found)
+            and [f.position for f in found if f is not None] == list(range(len(refs)))
+        ):
+            return first.bundle
+        parts = [
+            self._quantize(ref, group_size) if rows_ is None else rows_.packed()
+            for ref, rows_ in zip(refs, found, strict=True)
+        ]
+        return self._remember(Bundle(concat_rows(parts), refs), refs)
+
+    def adopt(self, ref: WeightRef, packed: PackedWeight) -> None:
+        """Use `packed` for a Parameter without looking at its 16-bit values (artifact load)."""
+        self._remember(Bundle(packed, [ref]), [ref])
+
+    def packed(self, param: Parameter) -> PackedWeight | None:
+        """The packed rows of one Parameter in the format it was packed in last, or None."""
+        entry: dict[GroupSize, _Rows] = self._rows.get(param, {})
+        return list(entry.values())[-1].packed() if entry else None
+
+    def refresh(self, bundle: Bundle, position: int, param: Parameter) -> None:
+        """Bring the rows of one Parameter up to date if it changed since it was packed.
+
+        Raises StaleWeights when the new values went into released storage and are lost.
+        """
+        now = fingerprint(param)
+        if now == bundle.fingerprints[position]:
+            return
+        ref = WeightRef(param, bundle.transposed[position], bundle.names[position])
+        start, stop = bundle.starts[position], bundle.starts[position + 1]
+        fresh = self._quantize(ref, bundle.packed.group_size)
+        whole = bundle.packed
+        parts = [rows(whole, 0, start), fresh, rows(whole, stop, whole.out_features)]
+        bundle.overwrite(concat_rows([part for part in parts if part.out_features]))
+        bundle.fingerprints[position] = now
+        self._entry(param)[whole.group_size] = _Rows(bundle, position)
+
+    def release(self, bundle: Bundle, params: Sequence[Parameter]) -> None:
+        """Drop the 16-bit storage of the bundle's Parameters: they read as NaN from now on."""
+        for position, param in enumerate(params):
+            if not self.is_released(param):
+                param.data = self._tombstone(param)
+                bundle.fingerprints[position] = fingerprint(param)
+
+    def is_released(self, param: torch.Tensor) -> bool:
+        """True if the Parameter's storage is the shared NaN buffer."""
+        address = param.untyped_storage().data_ptr()
+        buffers = self._tombstones.get((param.dtype, param.device), [])
+        return any(buffer.untyped_storage().data_ptr() == address for buffer in buffers)
+
+    def _find(self, ref: WeightRef, group_size: GroupSize) -> _Rows | None:
+        entry: dict[GroupSize, _Rows] = self._rows.get(ref.param, {})
+        found = entry.get(group_size)
+        if found is not None:
+            self.refresh(found.bundle, found.position, ref.param)
+        return found
+
+    def _quantize(self, ref: WeightRef, group_size: GroupSize) -> PackedWeight:
+        if self.is_released(ref.param):
+            raise StaleWeights(
+                f"{ref.name} has no 16-bit values any more (released after packing), but they are "
+                "needed: it was changed afterwards, or asked for in another group size; "
+                "load the model again"
+            )
+        try:
+            return quantize_weight(ref.dense(), group_size)
+        except Unsupported as error:
+            raise Unsupported(f"{ref.name}: {error}") from error
+
+    def _remember(self, bundle: Bundle, refs: Sequence[WeightRef]) -> Bundle:
+        for position, ref in enumerate(refs):
+            self._entry(ref.param)[bundle.packed.group_size] = _Rows(bundle, position)
+        return bundle
+
+    def _entry(self, param: Parameter) -> dict[GroupSize, _Rows]:
+        entry: dict[GroupSize, _Rows] = self._rows.setdefault(param, {})
+        return entry
+
+    def _tombstone(self, param: torch.Tensor) -> torch.Tensor:
+        """A NaN view of the parameter's shape, of a buffer that all released weights share.
+
+        Not an empty storage: reading that from eager code would crash the process. A larger
+        weight adds a larger buffer; the smaller ones stay for the weights that point at them.
+        """
+        buffers = self._tombstones.setdefault((param.dtype, param.device), [])
+        if not buffers or buffers[-1].numel() < param.numel():
+            size = max(param.numel(), 1)
+            buffers.append(torch.full((size,), torch.nan, dtype=param.dtype, device=param.device))
+        return buffers[-1][: param.numel()].view(param.shape)
+
+
+STORE = WeightStore()
+"""The process's store: torch.compile calls the backend once per graph and gives it no state."""
