@@ -82,10 +82,11 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         if value is not None and not isinstance(value, (str, os.PathLike)):
             raise OptionError(f"option {name}={value!r}: expected a directory path")
         return None if value is None else os.fspath(value)
-    # bool is an int, so 1 == True must not pass for a number
-    if isinstance(value, bool) or value not in allowed:
-        raise OptionError(f"option {name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
-    return value
+    for choice in allowed:
+        # types must agree too: True == 1 and 4.0 == 4, but neither is a number of bits
+        if type(value) is type(choice) and value == choice:
+            return choice
+    raise OptionError(f"option {name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
 
 
 def cache_dir() -> Path:

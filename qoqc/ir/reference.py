@@ -6,6 +6,8 @@ path a CPU machine runs.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -22,15 +24,42 @@ from qoqc.quant.kv import (
     unpack_v,
 )
 
+EXACT_K = 1024
+"""Summands of int8 products that fp32 adds exactly: 1024 * 127 * 128 < 2**24."""
+
 
 def integer_matmul(xq: torch.Tensor, w8: torch.Tensor) -> torch.Tensor:
     """`xq @ w8.T` of int8 [M, K] and int8 [N, K] as exact int32 [M, N]."""
     if 0 in xq.shape or 0 in w8.shape:
         return torch.zeros(xq.shape[0], w8.shape[0], dtype=torch.int32, device=xq.device)
     if xq.device.type == "cpu":
-        return torch._int_mm(xq, w8.t())
+        return torch._int_mm(xq, w8.t()) if int8_gemm_is_usable() else chunked_matmul(xq, w8)
     # every product and sum stays below 2**53, so fp64 is exact on devices without an int8 GEMM
     return (xq.double() @ w8.double().t()).int()
+
+
+def chunked_matmul(xq: torch.Tensor, w8: torch.Tensor) -> torch.Tensor:
+    """`integer_matmul` through fp32 GEMMs short enough to be exact, for CPUs without VNNI."""
+    acc = torch.zeros(xq.shape[0], w8.shape[0], dtype=torch.int32, device=xq.device)
+    for first in range(0, xq.shape[1], EXACT_K):
+        chunk = slice(first, first + EXACT_K)
+        acc += (xq[:, chunk].float() @ w8[:, chunk].float().t()).int()
+    return acc
+
+
+@functools.cache
+def int8_gemm_is_usable() -> bool:
+    """Whether `torch._int_mm` is fast and exact on this CPU.
+
+    Without AVX512-VNNI torch runs a scalar loop (22x slower than `chunked_matmul` at M=128,
+    N=K=2048), and where ONEDNN_MAX_CPU_ISA hides VNNI from oneDNN its sums saturate at 16 bit.
+    """
+    if not torch.cpu._is_vnni_supported():
+        return False
+    probe = torch.full((64, 128), 127, dtype=torch.int8)
+    return all(
+        bool((torch._int_mm(probe[:rows], probe.t()) == 127 * 127 * 128).all()) for rows in (1, 64)
+    )
 
 
 def int8_linear(
@@ -46,7 +75,7 @@ def int8_linear(
 
     The epilogue is fp32, in this order: `acc * channel_scale * token_scale + bias + residual`.
     """
-    flat = xq.reshape(-1, xq.shape[-1])
+    flat = xq.reshape(token_scale.numel(), xq.shape[-1])
     y = integer_matmul(flat, w8).float()
     y.mul_(channel_scale).mul_(token_scale.reshape(-1, 1))
     if bias is not None:
@@ -71,39 +100,52 @@ def kv_append(
     Pages as in quant/kv.py; block_table int32 [B, P] names the page of each 64 tokens of a
     sequence; start int64 [B]. Raises CacheFull beyond P * 64 tokens.
     """
-    seq = k.shape[2]
     if 0 in k.shape:
         return
+    seq, starts = k.shape[2], start.tolist()
     capacity = block_table.shape[1] * PAGE
-    last = int(start.max()) + seq
-    if last > capacity:
+    if (last := max(starts) + seq) > capacity:
         raise CacheFull(
             f"the KV cache holds {capacity} tokens, token {last} was appended; "
             "allocate it with a larger max_cache_len"
         )
-    position = start[:, None] + torch.arange(seq, device=start.device)
-    page = block_table.gather(1, position // PAGE).long()
-    slot = position % PAGE
+    k_codes, v_codes, words = _quantize_pair(k, v, bits)
+    k_bytes = pack_k(k_codes, bits)
+    for b, first in enumerate(starts):
+        done = 0
+        while done < seq:  # in runs that stay within half a page, where a nibble of V has one place
+            place = first + done
+            page, slot = int(block_table[b, place // PAGE]), place % PAGE
+            count = min(HALF_PAGE - slot % HALF_PAGE, seq - done)
+            k_pages[page].narrow(1, slot, count).copy_(k_bytes[b].narrow(1, done, count))
+            kv_words[page].narrow(2, slot, count).copy_(words[b].narrow(2, done, count))
+            _store_v(v_pages[page], slot, v_codes[b].narrow(1, done, count), bits)
+            done += count
+
+
+def _quantize_pair(
+    k: torch.Tensor, v: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes of k and v [B, H, S, D] and their words [B, H, 2, S]."""
+    if k.shape == v.shape:  # one pass: a token is so little work that the calls are what costs
+        codes, scale, low = kv_grid(torch.stack((k, v), dim=2), bits)
+        return codes[:, :, 0], codes[:, :, 1], make_words(scale, low)
     k_codes, k_scale, k_low = kv_grid(k, bits)
     v_codes, v_scale, v_low = kv_grid(v, bits)
-    # indexing [page, :, slot] puts the indexed axes first: [B, S, H, ...]
-    k_pages[page, :, slot] = pack_k(k_codes, bits).transpose(1, 2)
-    kv_words[page, :, 0, slot] = make_words(k_scale, k_low).transpose(1, 2)
-    kv_words[page, :, 1, slot] = make_words(v_scale, v_low).transpose(1, 2)
-    _store_v(v_pages, page, slot, v_codes.transpose(1, 2), bits)
+    words = torch.stack((make_words(k_scale, k_low), make_words(v_scale, v_low)), dim=2)
+    return k_codes, v_codes, words
 
 
-def _store_v(
-    v_pages: torch.Tensor, page: torch.Tensor, slot: torch.Tensor, codes: torch.Tensor, bits: int
-) -> None:
-    """Write codes uint8 [B, S, H, D] at page, slot [B, S]; 4-bit tokens j and j + 32 share bytes."""
+def _store_v(v_page: torch.Tensor, slot: int, codes: torch.Tensor, bits: int) -> None:
+    """Write codes uint8 [H, n, D] from token `slot` of a page on; they stay in one half of it."""
+    codes = codes.transpose(1, 2)
+    columns = v_page.narrow(2, slot % (8 * bits), codes.shape[2])
     if bits == 8:
-        v_pages[page, :, :, slot] = codes
-        return
-    for high, keep, shift in ((False, 0xF0, 0), (True, 0x0F, 4)):
-        chosen = (slot >= HALF_PAGE) == high
-        where = (page[chosen], slice(None), slice(None), slot[chosen] % HALF_PAGE)
-        v_pages[where] = (v_pages[where] & keep) | (codes[chosen] << shift)
+        columns.copy_(codes)
+    elif slot < HALF_PAGE:
+        columns.bitwise_and_(0xF0).bitwise_or_(codes)
+    else:
+        columns.bitwise_and_(0x0F).bitwise_or_(codes << 4)
 
 
 def kv_read(
@@ -115,17 +157,17 @@ def kv_read(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The fp32 keys [B, H, P*64, Dk] and values [B, H, P*64, Dv] of the pages in block_table."""
     batch, pages = block_table.shape
-    table = block_table.reshape(-1).long()
-    scale, low = split_words(kv_words[table])
-    k = dequantize_kv(unpack_k(k_pages[table], bits), scale[:, :, 0], low[:, :, 0])
-    v = dequantize_kv(unpack_v(v_pages[table], bits), scale[:, :, 1], low[:, :, 1])
+    table = block_table.reshape(-1)
 
-    def tokens(x: torch.Tensor) -> torch.Tensor:
-        heads, dim = x.shape[1], x.shape[-1]
-        x = x.view(batch, pages, heads, PAGE, dim).transpose(1, 2)
-        return x.reshape(batch, heads, pages * PAGE, dim)
+    def gather(stored: torch.Tensor) -> torch.Tensor:
+        """[pages, H, ...] as [B, H, P, ...]: bytes are cheaper to move than floats later."""
+        chosen = stored.index_select(0, table)
+        return chosen.view(batch, pages, *chosen.shape[1:]).transpose(1, 2).contiguous()
 
-    return tokens(k), tokens(v)
+    scale, low = (x.float() for x in split_words(gather(kv_words)))  # [B, H, P, 2, 64]
+    k = dequantize_kv(unpack_k(gather(k_pages), bits), scale[..., 0, :], low[..., 0, :])
+    v = dequantize_kv(unpack_v(gather(v_pages), bits), scale[..., 1, :], low[..., 1, :])
+    return k.flatten(2, 3), v.flatten(2, 3)
 
 
 def kv_dequant(
@@ -188,7 +230,8 @@ def kv_attention(
     """
     batch, heads, seq = q.shape[:3]
     v_dim = v_pages.shape[2]
-    longest = int(length.max()) if batch else 0
+    lengths = length.tolist()
+    longest = max(lengths, default=0)
     if longest == 0 or seq == 0:
         return q.new_zeros(batch, heads, seq, v_dim)
     used = -(-longest // PAGE)
@@ -196,25 +239,36 @@ def kv_attention(
     k, v = k[:, :, :longest], v[:, :, :longest]
     if k_chunk is not None and v_chunk is not None:
         _overlay(k, v, length, k_chunk, v_chunk)
-    allowed = _allowed(q, length, mask, causal, longest)
+    live = None
+    if min(lengths) != longest:
+        live = torch.arange(longest, device=q.device) < length[:, None]
+        # masked scores do not hide a NaN left by an earlier owner of the page: 0 * NaN is NaN
+        for x in (k, v):
+            x.masked_fill_(~live[:, None, :, None], 0)
+    allowed = _allowed(q, length, mask, live, causal, longest)
     out = F.scaled_dot_product_attention(
         q.float(), k, v, attn_mask=allowed, scale=scale, enable_gqa=True
     )
-    if allowed is not None and not bool((sees := allowed.any(-1, keepdim=True)).all()):
-        out = torch.where(sees, out, 0.0)
+    if allowed is not None:
+        out = torch.where(allowed.any(-1, keepdim=True), out, 0.0)
     return out.to(q.dtype).contiguous()
 
 
 def _allowed(
-    q: torch.Tensor, length: torch.Tensor, mask: torch.Tensor | None, causal: bool, longest: int
+    q: torch.Tensor,
+    length: torch.Tensor,
+    mask: torch.Tensor | None,
+    live: torch.Tensor | None,
+    causal: bool,
+    longest: int,
 ) -> torch.Tensor | None:
     """The bool mask [B, 1 or Hq, S, longest] of all conditions, or None if everything is seen."""
-    key = torch.arange(longest, device=q.device)
     allowed = None if mask is None else mask[..., :longest]
-    if bool((length != longest).any()):
-        live = (key < length[:, None])[:, None, None]
-        allowed = live if allowed is None else allowed & live
+    if live is not None:
+        row = live[:, None, None]
+        allowed = row if allowed is None else allowed & row
     if causal and q.shape[2] > 1:
+        key = torch.arange(longest, device=q.device)
         query = length[:, None] - q.shape[2] + torch.arange(q.shape[2], device=q.device)
         past = (key <= query[..., None])[:, None]
         allowed = past if allowed is None else allowed & past

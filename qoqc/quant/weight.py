@@ -82,9 +82,7 @@ def _quantize_grouped(w: torch.Tensor) -> PackedWeight:
     q4 = q4.to(torch.uint8).view(n, groups * GROUP)[:, :k]
     word = scale.int() | ((128 - zero.int() * scale.int()) << 8)
     fill = zero[:, -1].to(torch.uint8) if groups else None
-    return PackedWeight(
-        pack_nibbles(q4, fill), channel_scale, word.t().contiguous(), None, n, k
-    )
+    return PackedWeight(pack_nibbles(q4, fill), channel_scale, word.t().contiguous(), None, n, k)
 
 
 def group_grid(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +133,7 @@ def dequantize_weight(packed: PackedWeight) -> torch.Tensor:
 
 
 def rows(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
-    """Output channels `start:stop` as a packed weight of their own (exact: rows are independent)."""
+    """Output channels `start:stop` as a packed weight of their own: exact, rows are independent."""
     if start == 0 and stop == packed.out_features:
         return packed
     q4 = unpack_nibbles(packed.qweight, packed.out_features, _padded_k(packed))

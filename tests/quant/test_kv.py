@@ -130,9 +130,7 @@ def test_nan_never_reads_as_a_number(bits: int, others: list[float]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @both_bits
-def test_fake_quantize_is_the_round_trip_in_the_input_dtype(
-    bits: int, dtype: torch.dtype
-) -> None:
+def test_fake_quantize_is_the_round_trip_in_the_input_dtype(bits: int, dtype: torch.dtype) -> None:
     x = vectors(2, 3, 64).to(dtype)
     got = fake_quantize_kv(x.transpose(0, 1), bits)
     assert got.dtype == dtype
@@ -179,9 +177,7 @@ def test_word_bits(scale: float, low: float, word: int) -> None:
 
 def test_words_of_strided_views() -> None:
     words = make_words(vectors(3, 2, 64).half(), vectors(3, 2, 64, seed=1).half())
-    assert torch.equal(
-        make_words(*split_words(words.transpose(0, 1))), words.transpose(0, 1)
-    )
+    assert torch.equal(make_words(*split_words(words.transpose(0, 1))), words.transpose(0, 1))
 
 
 # layouts

@@ -90,6 +90,8 @@ def test_a_non_contiguous_input_packs_alike() -> None:
     assert torch.equal(pack_nibbles(q4.t().contiguous().t()), pack_nibbles(q4))
 
 
-@pytest.mark.parametrize(("a", "b", "want"), [(0, 128, 0), (1, 128, 1), (128, 128, 1), (129, 128, 2)])
+@pytest.mark.parametrize(
+    ("a", "b", "want"), [(0, 128, 0), (1, 128, 1), (128, 128, 1), (129, 128, 2)]
+)
 def test_ceil_div(a: int, b: int, want: int) -> None:
     assert ceil_div(a, b) == want

@@ -298,7 +298,10 @@ def test_rows_equal_quantizing_the_slice(
     start = data.draw(st.integers(0, n))
     stop = data.draw(st.integers(start, n))
     w = weight(n, k)
-    assert_same(rows(quantize_weight(w, group_size), start, stop), quantize_weight(w[start:stop], group_size))
+    assert_same(
+        rows(quantize_weight(w, group_size), start, stop),
+        quantize_weight(w[start:stop], group_size),
+    )
 
 
 @given(

@@ -1,0 +1,67 @@
+"""Perplexity of the real quantized graph, next to the 16-bit model's.
+
+    python benchmarks/perplexity.py MODEL TEXT [--group-size -1] [--kv-bits 16] [--tokens 20480]
+
+Windows do not overlap and use no cache; keys and values are rounded as a cache would round them
+(prefill_kv="quantized"), so the figure is that of a model that decodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qoqc
+
+
+def perplexity(model: Any, tokens: torch.Tensor, window: int) -> float:
+    """exp of the mean negative log likelihood over full windows of `tokens` int64 [T]."""
+    total, count = 0.0, 0
+    for chunk in tokens[: tokens.numel() // window * window].view(-1, window):
+        with torch.no_grad():
+            logits = model(input_ids=chunk[None], use_cache=False).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.float(), chunk[1:], reduction="sum")
+        total, count = total + float(loss), count + window - 1
+    return math.exp(total / count)
+
+
+def main() -> None:
+    """Print the perplexity of the 16-bit model, then of the quantized one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="model directory")
+    parser.add_argument("text", type=Path, help="plain text file")
+    parser.add_argument("--group-size", type=int, default=128, choices=(128, -1))
+    parser.add_argument("--kv-bits", type=int, default=4, choices=(4, 8, 16))
+    parser.add_argument("--tokens", type=int, default=20480)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--glue", default="inductor", choices=("inductor", "eager"))
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    text = args.text.read_text(encoding="utf-8")
+    tokens = tokenizer(text, return_tensors="pt").input_ids[0, : args.tokens].to(args.device)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    model.eval().to(args.device)
+
+    before = perplexity(model, tokens, args.window)
+    print(f"16 bit   {before:8.3f}")
+    qoqc.compile(
+        model,
+        group_size=args.group_size,
+        kv_bits=args.kv_bits,
+        prefill_kv="quantized",
+        glue=args.glue,
+    )
+    after = perplexity(model, tokens, args.window)
+    print(f"W4A8KV{args.kv_bits} {after:8.3f}  {100 * (after / before - 1):+.2f} %")
+
+
+if __name__ == "__main__":
+    main()

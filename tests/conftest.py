@@ -1,0 +1,49 @@
+"""Fixtures of all tests. Without a GPU, kernels run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is first imported, which is after this file
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accept", action="store_true", help="rewrite tests/codegen/golden")
+    parser.addoption("--model-dir", help="checkpoint for end-to-end tests instead of the bundled one")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: the GPU, or the CPU under Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Generated kernels and tuning tables of tests stay out of the user's cache."""
+    path = tmp_path_factory.mktemp("qoqc-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QOQC_CACHE", str(path))
+        yield path
+
+
+@pytest.fixture(scope="session")
+def model_dir(request: pytest.FixtureRequest) -> Path:
+    """A checkpoint with a chat template: the bundled one, or that of --model-dir."""
+    given = request.config.getoption("--model-dir")
+    return Path(given) if given else Path(__file__).parents[1] / "examples/models/llama-stories-4m"

@@ -1,0 +1,292 @@
+"""The qoqc:: ops as torch sees them: schemas, fakes, mutation, agreement with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qoqc.ir import ops, reference
+from qoqc.quant.activation import quantize_act
+from qoqc.quant.kv import empty_pages, fake_quantize_kv
+from qoqc.quant.weight import dequantize_weight, expand_int8, quantize_weight
+
+Case = tuple[Any, tuple[Any, ...]]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """`x` with its last two dimensions stored the other way round."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def linear_args(
+    *, grouped: bool, dtype: torch.dtype, extra: bool, strides: bool = False
+) -> tuple[Any, ...]:
+    packed = quantize_weight(randn(70, 200), 128 if grouped else -1)
+    xq, scale, total = quantize_act(randn(2, 3, 200, seed=1))
+    bias = randn(70).to(dtype) if extra else None
+    residual = randn(2, 3, 70).to(dtype) if extra else None
+    if strides:
+        xq = strided(xq)
+        residual = None if residual is None else strided(residual)
+    return (
+        xq, scale, total, packed.qweight, packed.channel_scale, packed.group_word,
+        packed.channel_zero, bias, residual, dtype,
+    )  # fmt: skip
+
+
+def int8_args(*, dtype: torch.dtype, extra: bool) -> tuple[Any, ...]:
+    packed = quantize_weight(randn(70, 200), 128)
+    xq, scale, _ = quantize_act(randn(2, 3, 200, seed=1))
+    bias = randn(70).to(dtype) if extra else None
+    residual = randn(2, 3, 70).to(dtype) if extra else None
+    return xq, scale, expand_int8(packed), packed.channel_scale, bias, residual, dtype
+
+
+def pages(bits: int) -> tuple[torch.Tensor, ...]:
+    """Filled pages of 2 sequences, 2 heads, and their block table."""
+    k_pages, v_pages, words = empty_pages(5, 2, 8, 6, bits, "cpu")
+    table = torch.tensor([[3, 0], [4, 1]], dtype=torch.int32)
+    reference.kv_append(
+        k_pages, v_pages, words, table, torch.tensor([0, 0]),
+        randn(2, 2, 90, 8), randn(2, 2, 90, 6), bits,
+    )  # fmt: skip
+    return k_pages, v_pages, words, table
+
+
+def append_args(bits: int, dtype: torch.dtype, seq: int = 3) -> tuple[Any, ...]:
+    k, v = randn(2, seq, 2, 8).to(dtype), randn(2, seq, 2, 6, seed=1).to(dtype)
+    start = torch.tensor([90, 62])
+    return (*pages(bits), start, k.transpose(1, 2), v.transpose(1, 2), bits)
+
+
+def dequant_args(bits: int, dtype: torch.dtype, chunk: bool) -> tuple[Any, ...]:
+    k = randn(2, 2, 4, 8, seed=2).to(dtype) if chunk else None
+    v = strided(randn(2, 2, 4, 6, seed=3).to(dtype)) if chunk else None
+    return (*pages(bits), torch.tensor([90, 7]), k, v, bits, dtype)
+
+
+def attention_args(
+    bits: int, dtype: torch.dtype, seq: int, masked: bool, chunk: bool, causal: bool
+) -> tuple[Any, ...]:
+    q = randn(2, seq, 4, 8, seed=4).to(dtype).transpose(1, 2)  # as a model hands it over
+    k = randn(2, 2, seq, 8, seed=2).to(dtype) if chunk else None
+    v = randn(2, 2, seq, 6, seed=3).to(dtype) if chunk else None
+    mask = randn(2, 1, seq, 128, seed=5) > 0 if masked else None
+    length = torch.tensor([90, 7])
+    return (q, *pages(bits), length, mask, k, v, 0.3, bits, causal)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "quantize_act fp32": lambda: (ops.quantize_act, (randn(2, 3, 64),)),
+    "quantize_act bf16": lambda: (ops.quantize_act, (randn(5, 64).to(BF16),)),
+    "quantize_act strided": lambda: (ops.quantize_act, (strided(randn(2, 3, 64).to(FP16)),)),
+    "quantize_act flat": lambda: (ops.quantize_act, (randn(64),)),
+    "w4a8 g128 bf16": lambda: (
+        ops.w4a8_linear, linear_args(grouped=True, dtype=BF16, extra=False)
+    ),
+    "w4a8 g128 fp16 bias residual": lambda: (
+        ops.w4a8_linear, linear_args(grouped=True, dtype=FP16, extra=True)
+    ),
+    "w4a8 per channel fp32": lambda: (
+        ops.w4a8_linear, linear_args(grouped=False, dtype=FP32, extra=False)
+    ),
+    "w4a8 per channel strided": lambda: (
+        ops.w4a8_linear, linear_args(grouped=False, dtype=BF16, extra=True, strides=True)
+    ),
+    "int8_linear bf16": lambda: (ops.int8_linear, int8_args(dtype=BF16, extra=True)),
+    "int8_linear fp32": lambda: (ops.int8_linear, int8_args(dtype=FP32, extra=False)),
+    "kv4_append 4 bit": lambda: (ops.kv4_append, append_args(4, BF16)),
+    "kv4_append 8 bit": lambda: (ops.kv4_append, append_args(8, FP32)),
+    "kv4_append decode": lambda: (ops.kv4_append, append_args(4, BF16, seq=1)),
+    "kv4_dequant 4 bit": lambda: (ops.kv4_dequant, dequant_args(4, BF16, chunk=False)),
+    "kv4_dequant 8 bit chunk": lambda: (ops.kv4_dequant, dequant_args(8, FP16, chunk=True)),
+    "kv4_attention decode": lambda: (
+        ops.kv4_attention, attention_args(4, BF16, 1, False, False, False)
+    ),
+    "kv4_attention mask": lambda: (
+        ops.kv4_attention, attention_args(4, FP32, 3, True, False, False)
+    ),
+    "kv4_attention chunk causal": lambda: (
+        ops.kv4_attention, attention_args(8, BF16, 5, False, True, True)
+    ),
+    "kv4_round 4 bit": lambda: (ops.kv4_round, (randn(2, 3, 8).to(BF16), 4)),
+    "kv4_round 8 bit strided": lambda: (ops.kv4_round, (strided(randn(2, 3, 8)), 8)),
+}  # fmt: skip
+every_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES.keys())
+
+
+def tensors(result: Any) -> Iterator[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        yield result
+    elif result is not None:
+        yield from result
+
+
+def test_every_op_has_a_case() -> None:
+    covered = {make()[0].name() for make in CASES.values()}
+    assert covered == {f"qoqc::{name}" for name in ops.SCHEMAS}
+
+
+@every_case
+def test_opcheck(make: Callable[[], Case]) -> None:
+    op, args = make()
+    results = torch.library.opcheck(op, args)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@every_case
+def test_fake_agrees_with_real(make: Callable[[], Case]) -> None:
+    op, args = make()
+    mode = FakeTensorMode()
+    fake_args = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+    with mode:
+        fakes = list(tensors(op(*fake_args)))
+    reals = list(tensors(op(*args)))
+    assert len(fakes) == len(reals)
+    for fake, real in zip(fakes, reals, strict=True):
+        assert fake.shape == real.shape
+        assert fake.dtype == real.dtype
+        assert fake.stride() == real.stride()
+        assert fake.device == real.device
+
+
+@every_case
+def test_outputs_are_fresh_and_inputs_keep(make: Callable[[], Case]) -> None:
+    op, args = make()
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    outputs = list(tensors(op(*args)))
+    mutable = {"k_pages", "v_pages", "kv_words"} if op is ops.kv4_append else set()
+    inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+    assert not inputs & {x.untyped_storage().data_ptr() for x in outputs}
+    for declared, now, then in zip(op._schema.arguments, args, before, strict=True):
+        if isinstance(now, torch.Tensor):
+            assert torch.equal(now, then) is (declared.name not in mutable), declared.name
+
+
+@pytest.mark.parametrize("name", sorted(ops.SCHEMAS))
+def test_only_append_mutates(name: str) -> None:
+    schema = getattr(torch.ops.qoqc, name).default._schema
+    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    assert written == (["k_pages", "v_pages", "kv_words"] if name == "kv4_append" else [])
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_w4a8_linear_equals_the_integer_path(grouped: bool, dtype: torch.dtype) -> None:
+    args = linear_args(grouped=grouped, dtype=dtype, extra=True)
+    xq, scale, _, _, channel_scale, _, _, bias, residual, _ = args
+    w8 = expand_int8(quantize_weight(randn(70, 200), 128 if grouped else -1))
+    acc = torch.einsum("abk,nk->abn", xq.long(), w8.long()).float()
+    want = acc * channel_scale * scale[..., None] + bias.float() + residual.float()
+    assert torch.equal(ops.w4a8_linear(*args), want.to(dtype))
+    expanded = ops.int8_linear(xq, scale, w8, channel_scale, bias, residual, dtype)
+    assert torch.equal(expanded, want.to(dtype))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_whole_linear_is_near_its_float_twin(grouped: bool) -> None:
+    w, x = randn(70, 200), randn(5, 200, seed=1)
+    packed = quantize_weight(w, 128 if grouped else -1)
+    xq, scale, total = ops.quantize_act(x)
+    y = ops.w4a8_linear(
+        xq, scale, total, packed.qweight, packed.channel_scale, packed.group_word,
+        packed.channel_zero, None, None, FP32,
+    )  # fmt: skip
+    weight = dequantize_weight(packed)
+    # what is left against the exact product with the same weight is half a step per activation
+    bound = 0.5 * scale[:, None] * weight.abs().sum(1) * (1 + 1e-4)
+    assert bool(((y - x @ weight.t()).abs() <= bound).all())
+
+
+def test_append_then_dequant_is_the_round_op() -> None:
+    args = append_args(4, BF16)
+    k_pages, v_pages, words, table, start, k, v, bits = args
+    ops.kv4_append(*args)
+    got_k, got_v = ops.kv4_dequant(
+        k_pages, v_pages, words, table, start + 3, None, None, bits, BF16
+    )
+    for b, first in enumerate(start.tolist()):
+        assert torch.equal(got_k[b, :, first : first + 3], ops.kv4_round(k, bits)[b])
+        assert torch.equal(got_v[b, :, first : first + 3], ops.kv4_round(v, bits)[b])
+        assert not got_k[b, :, first + 3 :].any()
+    assert torch.equal(ops.kv4_round(k, 4), fake_quantize_kv(k, 4))
+
+
+def test_append_is_kept_by_a_compiled_graph() -> None:
+    # an op without outputs survives only if its mutation is declared
+    args = append_args(4, FP32)
+    expected = [x.clone() for x in args[:3]]
+    ops.kv4_append(*expected, *args[3:])
+    compiled = torch.compile(
+        lambda *a: ops.kv4_append(*a[:-1], 4), backend="aot_eager", fullgraph=True
+    )
+    compiled(*args)
+    for got, want in zip(args[:3], expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_fakes_follow_a_symbolic_token_count() -> None:
+    args = linear_args(grouped=True, dtype=BF16, extra=False)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        xq, scale, total = ops.quantize_act(x)
+        y: torch.Tensor = ops.w4a8_linear(xq, scale, total, *args[3:])
+        return y
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for count in (4, 9, 33):
+            x = randn(2, count, 200)
+            assert torch.equal(compiled(x), run(x))
+
+
+# packed_of
+
+
+def packed_args(grouped: bool = True) -> dict[str, Any]:
+    args = linear_args(grouped=grouped, dtype=BF16, extra=False)
+    names = ("qweight", "channel_scale", "group_word", "channel_zero")
+    return {"xq": args[0], **dict(zip(names, args[3:7], strict=True))}
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_packed_of_finds_the_sizes(grouped: bool) -> None:
+    packed = ops.packed_of(**packed_args(grouped))
+    assert (packed.out_features, packed.in_features) == (70, 200)
+    assert packed.group_size == (128 if grouped else -1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_word": None}, "group_word .* or channel_zero"),
+        ({"channel_zero": torch.zeros(70, dtype=torch.int32)}, "one"),
+        (
+            {"qweight": torch.zeros(1, 1, 128, 64, dtype=torch.uint8)},
+            r"\(1, 1, 128, 64\).*70 x 200",
+        ),
+        ({"channel_scale": torch.ones(129)}, "129 x 200"),
+        ({"xq": torch.zeros(2, 300, dtype=torch.int8)}, "70 x 300"),
+        ({"xq": torch.zeros(2, 200)}, "int8 xq .* torch.float32"),
+        ({"qweight": torch.zeros(1, 2, 128, 64, dtype=torch.int8)}, "uint8 qweight.*torch.int8"),
+    ],
+)
+def test_packed_of_names_what_disagrees(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.packed_of(**(packed_args() | changes))
+
+
+def test_a_linear_of_both_formats_is_refused() -> None:
+    args = list(linear_args(grouped=True, dtype=BF16, extra=False))
+    args[6] = torch.zeros(70, dtype=torch.int32)
+    with pytest.raises(ValueError, match="one"):
+        ops.w4a8_linear(*args)
