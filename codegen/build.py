@@ -16,16 +16,30 @@ from typing import Any
 import triton
 
 from qoqc.codegen.family import Family, Kernel, Tile
+from qoqc.codegen.kernels.attention_combine import ATTENTION_COMBINE
+from qoqc.codegen.kernels.attention_decode import ATTENTION_DECODE
+from qoqc.codegen.kernels.attention_prefill import ATTENTION_PREFILL
 from qoqc.codegen.kernels.gemm_w4a8 import GEMM_W4A8
+from qoqc.codegen.kernels.kv_append import KV_APPEND
 from qoqc.codegen.kernels.quantize import QUANTIZE
-from qoqc.codegen.specialize import specialize
+from qoqc.codegen.specialize import literal, specialize
 from qoqc.config import cache_dir
 from qoqc.ir.spec import to_json
 from qoqc.log import dump, get_logger
 
 log = get_logger("codegen")
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (QUANTIZE, GEMM_W4A8)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        QUANTIZE,
+        GEMM_W4A8,
+        KV_APPEND,
+        ATTENTION_DECODE,
+        ATTENTION_COMBINE,
+        ATTENTION_PREFILL,
+    )
+}
 
 _BUILT: dict[tuple[str, Any, Tile, Path], Kernel] = {}
 
@@ -88,8 +102,8 @@ def generate(family: Family, spec: Any, tile: Tile) -> str:
 
 
 def _dict(values: dict[str, Any]) -> str:
-    rows = "".join(f"    {json.dumps(name)}: {value!r},\n" for name, value in values.items())
-    return "{\n" + rows + "}"
+    rows = [f"    {json.dumps(name)}: {literal(value)},\n" for name, value in values.items()]
+    return "{\n" + "".join(rows) + "}"
 
 
 def _wrapped(text: str) -> list[str]:

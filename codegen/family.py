@@ -5,17 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from qoqc.runtime.device import DeviceKey
-
-Launch = Callable[..., None]
-"""`kernel(grid, *arguments)`: what a launcher calls. Kernel is one; tests pass a recorder."""
-
-Trial = Callable[[Launch], tuple[torch.Tensor, ...]]
-"""Runs a kernel on data of its own and returns what the kernel wrote."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +25,21 @@ class Tile:
         return dict(self.constexprs)[name]
 
 
+class Launch(Protocol):
+    """What a launcher calls: a Kernel, or a recorder of its arguments in tests."""
+
+    @property
+    def tile(self) -> Tile:
+        """The tile that the grid must fit."""
+
+    def __call__(self, grid: tuple[int, ...], *args: Any) -> None:
+        """Launch with the template's arguments, constexprs left out."""
+
+
+Trial = Callable[[Launch], tuple[torch.Tensor, ...]]
+"""Runs a kernel on data of its own and returns what the kernel wrote."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A kernel family: one template that covers every spec of one op.
@@ -44,6 +53,7 @@ class Family:
                  it finds the spec and tile of the file in the dicts SPEC and TILE
     trial        (spec, size, torch device) -> Trial, what the tuner checks and times a tile with
     shared_bytes (spec, tile) -> estimate of the shared memory a block takes, to prune candidates
+    tolerance    by how much two tiles may differ, relative to the largest |result|; 0 = not one bit
     fp_fusion    let the compiler contract a*b+c; off where results must equal torch bit for bit
     """
 
@@ -55,6 +65,7 @@ class Family:
     selfcheck: str
     trial: Callable[[Any, int, torch.device], Trial] | None = None
     shared_bytes: Callable[[Any, Tile], int] | None = None
+    tolerance: float = 0.0
     fp_fusion: bool = False
 
 

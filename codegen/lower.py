@@ -6,22 +6,39 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qoqc.codegen import dispatch
-from qoqc.ir import ops
+from qoqc.config import Options
+from qoqc.ir import ops, reference
+from qoqc.quant.activation import quantize_act
 from qoqc.runtime.dynamo import add_static_input
 from qoqc.runtime.weights import Bundle
 
 
-def lower(gm: GraphModule, bound: dict[Node, torch.Tensor], device: torch.device) -> int:
+def lower(
+    gm: GraphModule, bound: dict[Node, torch.Tensor], device: torch.device, options: Options
+) -> int:
     """Lower `gm` in place for `device`; returns how many nodes changed.
 
-    CUDA: the ops keep their names, Triton kernels are registered behind them.
-    CPU:  w4a8_linear -> int8_linear, with level 2 of the weights expanded once: a CPU has a fast
-          int8 GEMM and no fast nibble unpacking. Costs twice the memory of the 4-bit weights.
+    CUDA  the ops keep their names; Triton kernels are registered behind them.
+    CPU   quantize_act and w4a8_linear become calls of their definitions, which Inductor traces
+          into: scales, rounding and casts fuse with the norms around them, and the GEMM is
+          torch's int8 one. Level 2 of the weights is expanded once for it, which costs twice the
+          memory of the 4-bit weights; a CPU has no fast way to unpack nibbles at every call.
     """
     if device.type == "cuda":
-        dispatch.install()
+        dispatch.install(options.tune)
         return 0
-    return _expand_weights(gm, bound)
+    # answered by a trial product, so before anything is traced
+    reference.int8_gemm_is_usable()
+    return _inline_quantize(gm) + _expand_weights(gm, bound)
+
+
+def _inline_quantize(gm: GraphModule) -> int:
+    count = 0
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target is ops.quantize_act:
+            node.target = quantize_act
+            count += 1
+    return count
 
 
 def _expand_weights(gm: GraphModule, bound: dict[Node, torch.Tensor]) -> int:
@@ -37,7 +54,7 @@ def _expand_weights(gm: GraphModule, bound: dict[Node, torch.Tensor]) -> int:
             expanded[id(bundle)] = weight
         xq, token_scale, _, qweight, channel_scale, word, zero, bias, residual, dtype = node.args
         node.args = (xq, token_scale, expanded[id(bundle)], channel_scale, bias, residual, dtype)
-        node.target = ops.int8_linear
+        node.target = reference.int8_linear
         for dead in (qweight, word, zero):
             if isinstance(dead, Node) and not dead.users:
                 bound.pop(dead)

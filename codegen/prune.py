@@ -1,81 +1,16 @@
-"""Cut decided branches and bound parameters out of the text of one function."""
+"""Cut decided branches out of the text of one function."""
 
 from __future__ import annotations
 
 import ast
 import io
-import operator
 import tokenize
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import triton.language as tl
+from qoqc.codegen.decide import UNKNOWN, evaluate
 
-_UNKNOWN = object()
 _NO_CODE = (tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT)
-_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-    ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
-}
-_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-}
-
-
-def evaluate(node: ast.expr, values: Mapping[str, Any]) -> Any:
-    """The value of an expression over `values`, or `_UNKNOWN` where it depends on anything else."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name):
-        return values.get(node.id, _UNKNOWN)
-    if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "tl":
-        return getattr(tl, node.attr, _UNKNOWN)
-    if isinstance(node, ast.Tuple):
-        items = [evaluate(item, values) for item in node.elts]
-        return _UNKNOWN if any(item is _UNKNOWN for item in items) else tuple(items)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
-        value = evaluate(node.operand, values)
-        if value is _UNKNOWN:
-            return _UNKNOWN
-        return not value if isinstance(node.op, ast.Not) else -value
-    if isinstance(node, ast.BoolOp):
-        return _bool_op(node, values)
-    if isinstance(node, ast.Compare):
-        return _compare(node, values)
-    if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
-        left, right = evaluate(node.left, values), evaluate(node.right, values)
-        known = left is not _UNKNOWN and right is not _UNKNOWN
-        return _ARITHMETIC[type(node.op)](left, right) if known else _UNKNOWN
-    return _UNKNOWN
-
-
-def _bool_op(node: ast.BoolOp, values: Mapping[str, Any]) -> Any:
-    """`and` / `or`: one deciding operand is enough, wherever it stands."""
-    deciding = isinstance(node.op, ast.Or)
-    operands = [evaluate(value, values) for value in node.values]
-    if any(v is not _UNKNOWN and bool(v) == deciding for v in operands):
-        return deciding
-    return _UNKNOWN if any(v is _UNKNOWN for v in operands) else not deciding
-
-
-def _compare(node: ast.Compare, values: Mapping[str, Any]) -> Any:
-    operands = [evaluate(v, values) for v in (node.left, *node.comparators)]
-    if any(v is _UNKNOWN for v in operands):
-        return _UNKNOWN
-    pairs = zip(node.ops, operands[:-1], operands[1:], strict=True)
-    return all(_COMPARE[type(op)](a, b) for op, a, b in pairs)
 
 
 class Pruner:
@@ -172,7 +107,7 @@ class Pruner:
 
     def _decide(self, node: ast.If) -> bool | None:
         value = evaluate(node.test, self.values)
-        return None if value is _UNKNOWN else bool(value)
+        return None if value is UNKNOWN else bool(value)
 
     def _if(self, node: ast.If, high: int, shift: int) -> list[str]:
         """An `if` (or an `elif` that has become the first branch)."""
@@ -244,23 +179,3 @@ class Pruner:
 
 def _has_code(lines: list[str]) -> bool:
     return any(line.strip() and not line.lstrip().startswith("#") for line in lines)
-
-
-def drop_parameters(head: str, names: Collection[str]) -> str:
-    """A function header (decorators to colon) without the parameters `names`."""
-    fn = ast.parse(head + "\n    pass").body[0]
-    assert isinstance(fn, ast.FunctionDef)
-    lines = head.split("\n")
-    for arg in reversed(fn.args.args):
-        if arg.arg not in names:
-            continue
-        row, start, end = arg.lineno - 1, arg.col_offset, arg.end_col_offset or 0
-        before, after = lines[row][:start], lines[row][end:].lstrip(" ")
-        after = after.removeprefix(",").lstrip(" ")
-        if not before.strip() and (not after or after.startswith("#")):
-            del lines[row]
-        elif after.startswith(")"):
-            lines[row] = before.rstrip(" ").removesuffix(",") + after
-        else:
-            lines[row] = before + after
-    return "\n".join(lines)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
+import json
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import KernelInterface
 
-from qoqc.codegen.prune import Pruner, drop_parameters
+from qoqc.codegen.decide import UNKNOWN, evaluate
+from qoqc.codegen.prune import Pruner
 
 IMPORTS = "import torch\nimport triton\nimport triton.language as tl"
 _MODULES = {"torch": torch, "triton": triton, "tl": tl}
@@ -58,7 +60,9 @@ def literal(value: Any) -> str:
         return f'float("{value}")'
     if isinstance(value, str) and "\n" in value:
         return '"""' + value.replace("\\", "\\\\").replace('"""', '\\"""') + '"""'
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, str):
+        return json.dumps(value)
+    if value is None or isinstance(value, (bool, int, float)):
         return repr(value)
     raise ValueError(f"{value!r} cannot be written as a constexpr: pass a number, str or tl.dtype")
 
@@ -81,7 +85,9 @@ def _bind(template: Any, constexprs: Mapping[str, Any]) -> str:
             f"{fn.name} assigns to {sorted(overwritten)} or has default arguments; a template "
             "must leave its constexprs alone and take every argument from the launcher"
         )
-    head, body = Pruner(source, {**_constants(template.fn), **constexprs}).function()
+    values = {**_constants(template.fn), **constexprs}
+    head, body = Pruner(source, values).function()
+    body = choose_operands(f"{head}\n{body}", values)[len(head) + 1 :]
     head = drop_parameters(head, declared)
     docstring, rest = _split_docstring(head, body)
     kept = ast.walk(ast.parse(f"{head}\n{body}"))
@@ -143,3 +149,42 @@ def _collect(text: str, fn: Any, pieces: dict[str, tuple[Any, str]]) -> None:
                 f"{tree.name} uses the global {name} = {value!r}; a template may use torch, "
                 "triton, tl, jitted helpers and module-level tl.constexpr values"
             )
+
+
+def drop_parameters(head: str, names: Collection[str]) -> str:
+    """A function header (decorators to colon) without the parameters `names`."""
+    fn = ast.parse(head + "\n    pass").body[0]
+    assert isinstance(fn, ast.FunctionDef)
+    lines = head.split("\n")
+    for arg in reversed(fn.args.args):
+        if arg.arg not in names:
+            continue
+        row, start, end = arg.lineno - 1, arg.col_offset, arg.end_col_offset or 0
+        before, after = lines[row][:start], lines[row][end:].lstrip(" ")
+        after = after.removeprefix(",").lstrip(" ")
+        if not before.strip() and (not after or after.startswith("#")):
+            del lines[row]
+        elif after.startswith(")"):
+            lines[row] = before.rstrip(" ").removesuffix(",") + after
+        else:
+            lines[row] = before + after
+    return "\n".join(lines)
+
+
+def choose_operands(source: str, values: Mapping[str, Any]) -> str:
+    """`source` with every `a if TEST else b` that `values` decide replaced by its operand."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.IfExp):
+            continue
+        picked = evaluate(node.test, values)
+        if picked is UNKNOWN:
+            continue
+        operand = ast.get_source_segment(source, node.body if picked else node.orelse)
+        whole = ast.get_source_segment(source, node)
+        assert operand is not None and whole is not None
+        lines = source.split("\n")
+        rest = "\n".join(lines[node.lineno - 1 :])
+        start = rest.index(whole)
+        rest = rest[:start] + operand + rest[start + len(whole) :]
+        return choose_operands("\n".join([*lines[: node.lineno - 1], rest]), values)
+    return source

@@ -10,23 +10,23 @@ values of j. At 4 bits these share the bytes of V, so no byte has two writers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
 import triton.language as tl
 
-from qoqc.codegen.family import Family, Tile
-from qoqc.codegen.kernels.pieces_kv import check_pages, unit_stride
+from qoqc.codegen.family import Family, Launch, Tile, Trial
+from qoqc.codegen.kernels.attention import kv_spec_of, unit_stride
+from qoqc.codegen.kernels.kv_selfcheck import APPEND_SELFCHECK
+from qoqc.codegen.kernels.pieces import check_device, round_half_even
 from qoqc.ir.spec import PAGE, KVSpec
-from qoqc.quant.kv import HALF_PAGE
+from qoqc.quant.kv import HALF_PAGE, empty_pages
 from qoqc.quant.pack import ceil_div
 from qoqc.runtime.device import DeviceKey
 
 FP16_MAX = tl.constexpr(65504.0)
 FP16_NAN = tl.constexpr(0x7E00)
-ROUND = tl.constexpr(12582912.0)
-"""1.5 * 2**23: adding it to an fp32 of magnitude < 2**22 rounds to an integer, half to even."""
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def codes_of(x, low, inverse, TOP: tl.constexpr):
     # clamping first gives the same codes and keeps the product out of a fused multiply-add,
     # which would round once where the definition rounds twice
     inside = tl.minimum(tl.maximum(tl.where(position == position, position, 0.0), 0.0), TOP)
-    return (inside + ROUND - ROUND).to(tl.int32)
+    return round_half_even(inside).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["seq", "pages", "table_stride", "start_stride"])
@@ -183,9 +183,8 @@ def kv_append(
     tl.store(words + 3 * HALF + j, word1, mask=new1)
 
 
-def launch_kv_append(
-    kernel: Any,
-    tile: Tile,
+def launch(
+    kernel: Launch,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     kv_words: torch.Tensor,
@@ -194,25 +193,24 @@ def launch_kv_append(
     k: torch.Tensor,
     v: torch.Tensor,
 ) -> None:
-    """Launch `kernel`, the template bound for a KVSpec and `tile`, on the arguments of kv4_append.
+    """kv4_append through `kernel`: k [B, H, S, Dk], v [B, H, S, Dv] into the pages.
 
     A token at a position of P * 64 or more is not written: the host does not know the positions.
-    Raises ValueError when the pages are not contiguous or a last axis has a stride.
+    Raises ValueError for more than one token in a kernel of single ones.
     """
     batch, heads, seq = k.shape[:3]
     if 0 in (batch, heads, seq):
         return
-    check_pages(k_pages, v_pages, kv_words, block_table)
     k, v = unit_stride(k), unit_stride(v)
-    options = dict(tile.constexprs)
-    if options["SINGLE"]:
+    if kernel.tile["SINGLE"]:
         if seq != 1:
             raise ValueError(f"this kv_append kernel appends 1 token, got {seq}: choose by size")
         blocks = 1
     else:
         # a chunk of `seq` tokens that may start anywhere in a page touches so many pages
-        blocks = ceil_div(seq + PAGE - 1, PAGE) * (HALF_PAGE // options["BLOCK_J"])
-    kernel[(blocks, heads, batch)](
+        blocks = ceil_div(seq + PAGE - 1, PAGE) * (HALF_PAGE // kernel.tile["BLOCK_J"])
+    kernel(
+        (blocks, heads, batch),
         k_pages,
         v_pages,
         kv_words,
@@ -227,6 +225,37 @@ def launch_kv_append(
         seq,
         block_table.shape[1],
     )
+
+
+def spec_of(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    kv_words: torch.Tensor,
+    block_table: torch.Tensor,
+    start: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bits: Literal[4, 8],
+) -> KVSpec:
+    """The spec of a call; ValueError for what the kernel does not take."""
+    check_device("kv4_append", k_pages=k_pages, block_table=block_table, start=start, k=k, v=v)
+    spec = kv_spec_of(k_pages, v_pages, kv_words, block_table, bits)
+    batch, _, seq, _ = k.shape
+    k_shape, v_shape = (
+        (batch, spec.kv_heads, seq, spec.k_dim),
+        (batch, spec.kv_heads, seq, spec.v_dim),
+    )
+    if tuple(k.shape) != k_shape or tuple(v.shape) != v_shape:
+        raise ValueError(
+            f"kv4_append: k {tuple(k.shape)} and v {tuple(v.shape)} do not fit the cache: "
+            f"expected {k_shape} and {v_shape}"
+        )
+    if start.shape != (batch,) or block_table.shape[0] != batch:
+        raise ValueError(
+            f"kv4_append: {batch} sequences, but start is {tuple(start.shape)} and block_table "
+            f"{tuple(block_table.shape)}"
+        )
+    return spec
 
 
 def bind(spec: KVSpec, tile: Tile) -> dict[str, Any]:
@@ -256,3 +285,31 @@ def candidates(spec: KVSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
     if size == 1:
         return [_tile(1, 1, warps) for warps in (1, 2, 4)]
     return [_tile(0, block_j, warps) for block_j in (4, 8, 16, 32) for warps in (4, 8)]
+
+
+def trial(spec: KVSpec, size: int, device: torch.device) -> Trial:
+    """Append `size` random tokens to each of 16 sequences."""
+    generator = torch.Generator(device).manual_seed(0)
+    batch, per_sequence = 16, ceil_div(size, PAGE) + 1
+    pages = empty_pages(
+        batch * per_sequence, spec.kv_heads, spec.k_dim, spec.v_dim, spec.bits, device
+    )
+    table = torch.arange(batch * per_sequence, device=device).view(batch, -1).int()
+    start = torch.arange(batch, device=device) * PAGE // batch
+
+    def tokens(dim: int) -> torch.Tensor:
+        x = torch.randn(batch, size, spec.kv_heads, dim, generator=generator, device=device)
+        return x.to(torch.bfloat16).transpose(1, 2)
+
+    k, v = tokens(spec.k_dim), tokens(spec.v_dim)
+
+    def run(kernel: Launch) -> tuple[torch.Tensor, ...]:
+        launch(kernel, *pages, table, start, k, v)
+        return pages
+
+    return run
+
+
+KV_APPEND = Family(
+    "kv_append", kv_append, bind, heuristic, candidates, APPEND_SELFCHECK, trial, fp_fusion=False
+)

@@ -10,7 +10,6 @@ integers, exact in fp16 and bf16, and the constants of a token move out of the d
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -74,9 +73,9 @@ def small_codes(codes, MAGIC_CENTRE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def unpack_codes(stored, DTYPE: tl.constexpr, ASM: tl.constexpr):
+def unpack_codes(stored, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """Packed bytes uint8 -> the low and the high nibbles, centred (code - 8), as DTYPE."""
-    if ASM and DTYPE == tl.float16:
+    if PTX and tl.float16 == DTYPE:
         low, high = tl.inline_asm_elementwise(
             NIBBLES_FP16,
             NIBBLE_CONSTRAINTS,
@@ -85,7 +84,7 @@ def unpack_codes(stored, DTYPE: tl.constexpr, ASM: tl.constexpr):
             is_pure=True,
             pack=4,
         )
-    elif ASM and DTYPE == tl.bfloat16:
+    elif PTX and tl.bfloat16 == DTYPE:
         low, high = tl.inline_asm_elementwise(
             NIBBLES_BF16,
             NIBBLE_CONSTRAINTS,
@@ -102,13 +101,13 @@ def unpack_codes(stored, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def load_codes(
-    base, offsets, second, mask, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
+    base, offsets, second, mask, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr
 ):
     """Two tiles of centred codes: bits 4, the nibbles of the bytes at base + offsets; bits 8, the
     bytes there and at `second` bytes further."""
     if BITS == 4:
         first_codes, second_codes = unpack_codes(
-            tl.load(base + offsets, mask=mask, other=0), DTYPE, ASM
+            tl.load(base + offsets, mask=mask, other=0), DTYPE, PTX
         )
     else:
         first_codes = small_codes(tl.load(base + offsets, mask=mask, other=0), 1152.0, DTYPE)
@@ -164,47 +163,33 @@ def weigh(p, s, factor):
     return tl.where(s == float("-inf"), 0.0, p * factor)
 
 
-def operand_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The dtype in which q and the cached codes enter the dot product for a q of `dtype`."""
-    # the interpreter multiplies bfloat16 by its bit pattern
-    if dtype is torch.float32 or triton.knobs.runtime.interpret:
-        return tl.float32
-    return tl.float16 if dtype is torch.float16 else tl.bfloat16
+@triton.jit
+def look(
+    t,
+    end,
+    in_row,
+    position,
+    mask_rows,
+    mask_len,
+    AXIS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Which rows (queries at `position`) see the tokens `t`, which lie on AXIS of the result."""
+    token = tl.expand_dims(t, 1 - AXIS)
+    rows = tl.expand_dims(in_row, AXIS)
+    seen = (token >= 0) & (token < end) & rows
+    if CAUSAL:
+        seen = seen & (token <= tl.expand_dims(position, AXIS))
+    if HAS_MASK:
+        # loaded under a condition per row and per token, not per pair: fewer live registers
+        inside = tl.expand_dims((t >= 0) & (t < end) & (t < mask_len), 1 - AXIS) & rows
+        bits = tl.load(mask_rows + token, mask=inside, other=0)
+        seen = seen & (bits != 0)
+    return seen
 
 
-def weight_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The dtype of the softmax weights that meet cached value codes, for a q of `dtype`."""
-    # weights are scaled to at most HEADROOM, so fp16's 11 bits serve bf16 models too
-    return tl.float32 if operand_dtype(dtype) == tl.float32 else tl.float16
-
-
-def use_asm() -> bool:
-    """Whether nibbles are unpacked by PTX: not in the interpreter, not on AMD GPUs."""
-    return torch.version.hip is None and not triton.knobs.runtime.interpret
-
-
-def lanes(size: int) -> int:
-    """The padded width of a tile axis of `size` channels: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """`x`, copied if its last axis is strided."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def check_pages(
-    k_pages: torch.Tensor, v_pages: torch.Tensor, kv_words: torch.Tensor, block_table: torch.Tensor
-) -> None:
-    """Raises ValueError unless the cache tensors are laid out as the kernels address them."""
-    pages = {"k_pages": k_pages, "v_pages": v_pages, "kv_words": kv_words}
-    for name, tensor in pages.items():
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}: pass a contiguous tensor")
-    if block_table.dtype is not torch.int32 or (
-        block_table.stride(1) != 1 and block_table.shape[1] > 1
-    ):
-        raise ValueError(
-            f"block_table is {block_table.dtype} with strides {block_table.stride()}: "
-            "pass int32 rows without gaps"
-        )
+@triton.jit
+def mma(a, b, acc):
+    """acc + a @ b; fp32 operands take three tf32 products, which keeps fp32 accuracy."""
+    return tl.dot(a, b, acc, input_precision="tf32x3")

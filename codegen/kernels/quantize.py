@@ -18,6 +18,7 @@ from qoqc.codegen.family import Family, Launch, Tile, Trial
 from qoqc.codegen.kernels.pieces import check_device, round_half_even
 from qoqc.ir.spec import OUTPUT_DTYPES
 from qoqc.quant.activation import TINY_TOKEN
+from qoqc.quant.pack import ceil_div
 from qoqc.runtime.device import DeviceKey
 
 TINY = tl.constexpr(TINY_TOKEN)
@@ -42,29 +43,20 @@ def magnitude_bits(x):
 
 
 @triton.jit
-def token_inverse(top):
-    """127 / absmax of tokens with magnitude bits `top`; 0 where the token quantizes to zeros.
-
-    Rounded twice, as torch does: 127 / x there is 127 * (1 / x).
-    """
+def live_absmax(top):
+    """absmax of tokens with magnitude bits `top`; 0 for those that quantize to zeros."""
     absmax = top.to(tl.float32, bitcast=True)
-    live = (top < INFINITY_BITS) & (absmax >= TINY)
-    return tl.where(live, tl.div_rn(1.0, tl.where(live, absmax, 1.0)) * 127.0, 0.0)
-
-
-@triton.jit
-def token_scale_of(top):
-    """absmax / 127 of tokens with magnitude bits `top`; NaN if the token is not finite."""
-    absmax = top.to(tl.float32, bitcast=True)
-    scale = tl.where(absmax >= TINY, tl.div_rn(absmax, tl.full(absmax.shape, 127.0, tl.float32)), 0)
-    return tl.where(top < INFINITY_BITS, scale, float("nan"))
+    return tl.where((top < INFINITY_BITS) & (absmax >= TINY), absmax, 0.0)
 
 
 @triton.jit
 def quantize_block(x, top):
     """x fp32 [ROWS, BLOCK_K], top int32 [ROWS] -> the integers, int32 [ROWS, BLOCK_K]."""
-    finite = (top < INFINITY_BITS)[:, None]
-    product = tl.where(finite, x, 0.0) * token_inverse(top)[:, None]
+    absmax = live_absmax(top)
+    live = absmax > 0
+    # 127 / absmax rounded twice, as torch does it
+    inverse = tl.where(live, tl.div_rn(1.0, tl.where(live, absmax, 1.0)) * 127.0, 0.0)
+    product = tl.where((top < INFINITY_BITS)[:, None], x, 0.0) * inverse[:, None]
     return tl.clamp(round_half_even(product), -127.0, 127.0).to(tl.int32)
 
 
@@ -109,11 +101,12 @@ def quantize_kernel(
         q = quantize_block(x, top)
         tl.store(xq_rows + offs_k[None, :], q.to(tl.int8), mask=inside)
         total = tl.sum(q, axis=1)
-    tl.store(scale_ptr + offs_m, token_scale_of(top), mask=in_m)
+    scale = tl.where(top < INFINITY_BITS, tl.div_rn(live_absmax(top), 127.0), float("nan"))
+    tl.store(scale_ptr + offs_m, scale, mask=in_m)
     tl.store(sum_ptr + offs_m, total, mask=in_m)
 
 
-def launch(kernel: Launch, tile: Tile, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def launch(kernel: Launch, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize `x` [..., K]: xq int8 [..., K], token_scale fp32 [...], token_sum int32 [...].
 
     Rows that are not contiguous are copied first. Raises ValueError for another dtype or device.
@@ -129,7 +122,7 @@ def launch(kernel: Launch, tile: Tile, x: torch.Tensor) -> tuple[torch.Tensor, .
     total = torch.empty(x.shape[:-1], dtype=torch.int32, device=x.device)
     tokens = flat.shape[0]
     if tokens:
-        grid = (triton.cdiv(tokens, tile["ROWS"]),)
+        grid = (ceil_div(tokens, kernel.tile["ROWS"]),)
         kernel(grid, flat, flat.stride(0), xq, scale, total, tokens)
     return xq, scale, total
 
@@ -177,16 +170,16 @@ def candidates(spec: QuantizeSpec, size: int, device: DeviceKey) -> Sequence[Til
 
 def trial(spec: QuantizeSpec, size: int, device: torch.device) -> Trial:
     """Quantize `size` random tokens."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(size, spec.features, generator=generator).to(device, spec.dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(size, spec.features, generator=generator, device=device).to(spec.dtype)
 
-    def run(kernel: Launch, tile: Tile) -> tuple[torch.Tensor, ...]:
-        return launch(kernel, tile, x)
+    def run(kernel: Launch) -> tuple[torch.Tensor, ...]:
+        return launch(kernel, x)
 
     return run
 
 
-SELFCHECK = '''
+SELFCHECK = """
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, k, rows = getattr(torch, SPEC["dtype"]), SPEC["features"], TILE["ROWS"]
@@ -195,7 +188,7 @@ def main():
         x = (torch.randn(m, k) * torch.logspace(-3, 3, m)[:, None]).to(dtype)
         x[0] = 0
         xf = x.float()
-        absmax = xf.abs().amax(1)
+        absmax = xf.abs().amax(1) if k else torch.zeros(m)
         inverse = torch.where(absmax > 0, absmax.reciprocal() * 127, 0)
         want = (xf * inverse[:, None]).round().clamp(-127, 127).to(torch.int8)
         x = x.to(device)
@@ -213,9 +206,7 @@ def main():
         assert torch.equal(total.cpu(), want.sum(1, dtype=torch.int32)), f"m={m}: wrong sums"
         took = f"{triton.testing.do_bench(run) * 1e3:.1f} us" if device == "cuda" else "interpreted"
         print(f"m={m} k={k} {SPEC['dtype']}: equal to torch, {took}")
-'''
+"""
 
 
-QUANTIZE = Family(
-    "quantize", quantize_kernel, bind, heuristic, candidates, SELFCHECK, trial, fp_fusion=False
-)
+QUANTIZE = Family("quantize", quantize_kernel, bind, heuristic, candidates, SELFCHECK, trial)

@@ -27,11 +27,6 @@ SCHEMAS = {
         "Tensor? group_word, Tensor? channel_zero, Tensor? bias, Tensor? residual, "
         "ScalarType dtype) -> Tensor"
     ),
-    # w4a8_linear with the weight expanded to int8 [N, K] beforehand: what a CPU runs
-    "int8_linear": (
-        "(Tensor xq, Tensor token_scale, Tensor w8, Tensor channel_scale, Tensor? bias, "
-        "Tensor? residual, ScalarType dtype) -> Tensor"
-    ),
     # k [B, H, S, Dk], v [B, H, S, Dv] into the pages from position start[b] on
     "kv4_append": (
         "(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!) kv_words, Tensor block_table, "
@@ -57,7 +52,6 @@ for _name, _schema in SCHEMAS.items():
 
 quantize_act = torch.ops.qoqc.quantize_act.default
 w4a8_linear = torch.ops.qoqc.w4a8_linear.default
-int8_linear = torch.ops.qoqc.int8_linear.default
 kv4_append = torch.ops.qoqc.kv4_append.default
 kv4_dequant = torch.ops.qoqc.kv4_dequant.default
 kv4_attention = torch.ops.qoqc.kv4_attention.default
@@ -128,32 +122,6 @@ def _w4a8_linear_fake(
     dtype: torch.dtype,
 ) -> Tensor:
     return xq.new_empty((*xq.shape[:-1], channel_scale.shape[0]), dtype=dtype)
-
-
-@torch.library.impl("qoqc::int8_linear", "default")
-def _int8_linear_impl(
-    xq: Tensor,
-    token_scale: Tensor,
-    w8: Tensor,
-    channel_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return reference.int8_linear(xq, token_scale, w8, channel_scale, bias, residual, dtype)
-
-
-@torch.library.register_fake("qoqc::int8_linear")
-def _int8_linear_fake(
-    xq: Tensor,
-    token_scale: Tensor,
-    w8: Tensor,
-    channel_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return xq.new_empty((*xq.shape[:-1], w8.shape[0]), dtype=dtype)
 
 
 @torch.library.impl("qoqc::kv4_append", "default")

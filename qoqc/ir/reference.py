@@ -33,7 +33,9 @@ def integer_matmul(xq: torch.Tensor, w8: torch.Tensor) -> torch.Tensor:
     if 0 in xq.shape or 0 in w8.shape:
         return torch.zeros(xq.shape[0], w8.shape[0], dtype=torch.int32, device=xq.device)
     if xq.device.type == "cpu":
-        return torch._int_mm(xq, w8.t()) if int8_gemm_is_usable() else chunked_matmul(xq, w8)
+        # torch's int8 GEMM is wrong where the inner size is 1
+        usable = xq.shape[1] > 1 and int8_gemm_is_usable()
+        return torch._int_mm(xq, w8.t()) if usable else chunked_matmul(xq, w8)
     # every product and sum stays below 2**53, so fp64 is exact on devices without an int8 GEMM
     return (xq.double() @ w8.double().t()).int()
 

@@ -22,5 +22,7 @@ def quantize_act(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     inverse = torch.where(live, 127.0 / absmax, 0.0)
     product = torch.where(finite[..., None], xf, 0.0) * inverse[..., None]
     xq = product.round_().clamp_(-127, 127).to(torch.int8)
-    scale = torch.where(live, absmax / 127.0, torch.where(finite, 0.0, torch.nan))
+    # by a tensor: CUDA divides by a scalar through its reciprocal, which rounds differently
+    step = absmax / torch.full_like(absmax, 127.0)
+    scale = torch.where(live, step, torch.where(finite, 0.0, torch.nan))
     return xq, scale, xq.sum(-1, dtype=torch.int32)

@@ -1,0 +1,160 @@
+"""The CUDA implementations of the qoqc ops: from arguments to spec, tile, kernel and launch.
+
+The functions also take CPU tensors where Triton interprets (TRITON_INTERPRET=1), for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import triton
+from torch import Tensor
+
+from qoqc.codegen import tune
+from qoqc.codegen.build import build
+from qoqc.codegen.family import Family, Kernel
+from qoqc.codegen.kernels import (
+    attention,
+    attention_combine,
+    attention_decode,
+    attention_prefill,
+    gemm_w4a8,
+    kv_append,
+    quantize,
+)
+from qoqc.ir.spec import PAGE
+from qoqc.runtime.device import device_key
+
+_MODE: tune.Mode = "heuristic"
+_KERNELS: dict[tuple[Any, ...], Kernel] = {}
+_INSTALLED: list[torch.library.Library] = []
+_LOCK = threading.Lock()
+
+
+def install(mode: tune.Mode = "heuristic") -> None:
+    """Put Triton kernels behind the qoqc ops for CUDA tensors. Later calls only set `mode`."""
+    global _MODE
+    with _LOCK:
+        if mode != _MODE:
+            _MODE = mode
+            _KERNELS.clear()
+        if _INSTALLED:
+            return
+        library = torch.library.Library("qoqc", "IMPL")
+        for name, function in IMPLEMENTATIONS.items():
+            library.impl(name, function, "CUDA")
+        _INSTALLED.append(library)
+
+
+def kernel_for(family: Family, spec: Any, size: int, device: torch.device) -> Kernel:
+    """The kernel for launches of about `size` tokens on `device`: a dict look-up, mostly."""
+    key = (family.name, spec, tune.bucket(size), device)
+    kernel = _KERNELS.get(key)
+    if kernel is None:
+        if device.type != "cuda" and not triton.knobs.runtime.interpret:
+            raise ValueError(
+                f"{family.name}: the kernel needs a CUDA device, got {device}; "
+                "set TRITON_INTERPRET=1 to run it in Triton's interpreter"
+            )
+        tile = tune.choose(family, spec, size, device, _MODE)
+        kernel = _KERNELS.setdefault(key, build(family, spec, tile))
+    return kernel
+
+
+def quantize_act(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """qoqc::quantize_act by a generated kernel."""
+    spec = quantize.spec_of(x)
+    with torch.cuda.device_of(x):
+        kernel = kernel_for(quantize.QUANTIZE, spec, _tokens(x), x.device)
+        return quantize.launch(kernel, x)
+
+
+def w4a8_linear(
+    xq: Tensor,
+    token_scale: Tensor,
+    token_sum: Tensor,
+    qweight: Tensor,
+    channel_scale: Tensor,
+    group_word: Tensor | None,
+    channel_zero: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """qoqc::w4a8_linear by a generated kernel."""
+    spec = gemm_w4a8.spec_of(xq, channel_scale, group_word, bias, residual, dtype)
+    with torch.cuda.device_of(xq):
+        kernel = kernel_for(gemm_w4a8.GEMM_W4A8, spec, _tokens(xq), xq.device)
+        return gemm_w4a8.launch(
+            kernel, xq, token_scale, token_sum, qweight, channel_scale, group_word, channel_zero,
+            bias, residual, dtype,
+        )  # fmt: skip
+
+
+def kv4_append(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    kv_words: Tensor,
+    block_table: Tensor,
+    start: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bits: Literal[4, 8],
+) -> None:
+    """qoqc::kv4_append by a generated kernel; tokens beyond the block table are dropped."""
+    spec = kv_append.spec_of(k_pages, v_pages, kv_words, block_table, start, k, v, bits)
+    with torch.cuda.device_of(k):
+        kernel = kernel_for(kv_append.KV_APPEND, spec, k.shape[2], k.device)
+        kv_append.launch(kernel, k_pages, v_pages, kv_words, block_table, start, k, v)
+
+
+def kv4_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    kv_words: Tensor,
+    block_table: Tensor,
+    length: Tensor,
+    mask: Tensor | None,
+    k_chunk: Tensor | None,
+    v_chunk: Tensor | None,
+    scale: float,
+    bits: Literal[4, 8],
+    causal: bool,
+) -> Tensor:
+    """qoqc::kv4_attention: split along the cache for few queries, tiled over them for many."""
+    call = attention.Call(
+        q, k_pages, v_pages, kv_words, block_table, length, mask, k_chunk, v_chunk, scale
+    )
+    spec = attention.spec_of(call, bits, causal)
+    seq, device = q.shape[2], q.device
+    with torch.cuda.device_of(q):
+        if call.rows > attention_decode.MAX_ROWS:
+            kernel = kernel_for(attention_prefill.ATTENTION_PREFILL, spec, seq, device)
+            return attention_prefill.launch(kernel, call)
+        kernel = kernel_for(attention_decode.ATTENTION_DECODE, spec, seq, device)
+        part, stat = attention_decode.launch(kernel, call, _sm_count(device))
+        combine = kernel_for(attention_combine.ATTENTION_COMBINE, spec, seq, device)
+        capacity = block_table.shape[1] * PAGE
+        return attention_combine.launch(combine, part, stat, length, call.empty_out(), capacity)
+
+
+@functools.cache
+def _sm_count(device: torch.device) -> int:
+    return device_key(device).sm_count
+
+
+def _tokens(x: Tensor) -> int:
+    return x.shape[:-1].numel()
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "quantize_act": quantize_act,
+    "w4a8_linear": w4a8_linear,
+    "kv4_append": kv4_append,
+    "kv4_attention": kv4_attention,
+}

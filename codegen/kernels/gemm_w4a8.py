@@ -1,0 +1,345 @@
+"""The W4A8 GEMM: y[M, N] = (xq[M, K] @ w[N, K].T) * channel_scale * token_scale + bias + residual.
+
+xq int8, w as packed tiles (quant/pack.py) with group words or channel zeros (quant/weight.py),
+int32 sums over all of K, then an fp32 epilogue in the order of reference.int8_linear, so that
+the result equals the reference bit for bit. No split along K.
+
+The weights are operand A: unpacked in registers they feed the tensor cores from there (register-A
+wgmma on sm_90), where as operand B they would go through shared memory again. So a block computes
+y transposed, acc [BLOCK_N, BLOCK_M].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from qoqc.codegen.family import Family, Launch, Tile, Trial
+from qoqc.codegen.kernels.gemm_w4a8_selfcheck import SELFCHECK
+from qoqc.codegen.kernels.pieces import (
+    INTERPRETED_DEVICE,
+    check_device,
+    dequantize_group,
+    dequantize_group_ptx,
+    grouped_tile,
+    round_to_bf16,
+    unpack_int4,
+    unpack_int4_ptx,
+)
+from qoqc.ir.spec import GROUP, OUTPUT_DTYPES, TILE_N, LinearSpec
+from qoqc.quant.pack import ceil_div
+from qoqc.runtime.device import DeviceKey
+
+ROWS = tl.constexpr(TILE_N)  # output channels of a packed tile
+HALF = tl.constexpr(GROUP // 2)  # bytes per channel of a packed tile
+TILE_BYTES = tl.constexpr(TILE_N * GROUP // 2)
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_w4a8_kernel(
+    xq_ptr,  # [M, K] int8
+    token_scale_ptr,  # [M] fp32
+    token_sum_ptr,  # [M] int32, read per channel only
+    w_ptr,  # [N/128, K/128, 128, 64] uint8, both rounded up
+    channel_scale_ptr,  # [N] fp32
+    word_ptr,  # [K/128, N] int32 group words, or [N] int32 channel zeros
+    bias_ptr,  # [N], read if HAS_BIAS
+    residual_ptr,  # [M, N], read if HAS_RESIDUAL
+    y_ptr,  # [M, N]
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    K_TILES: tl.constexpr,
+    GROUPED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ROUND_BF16: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """One block of BLOCK_M tokens by BLOCK_N channels, over all of K in steps of 128."""
+    tl.static_assert(ROWS % BLOCK_N == 0, "a block lies within one row of packed tiles")
+    pid_m, pid_n = grouped_tile(
+        tl.program_id(0), tl.cdiv(M, BLOCK_M), (N + BLOCK_N - 1) // BLOCK_N, GROUP_M
+    )
+    first_m = pid_m.to(tl.int64) * BLOCK_M
+    in_block_m = tl.arange(0, BLOCK_M)
+    in_m = in_block_m < M - first_m
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = offs_n < N
+    half = tl.arange(0, HALF)
+    # 64-bit offsets stay in the scalar base; tokens past the end read the last one again
+    row = tl.minimum(in_block_m, M - first_m - 1).to(tl.int32)
+    x_ptrs = xq_ptr + first_m * K + row[:, None] * K + half[None, :]  # [BLOCK_M, 64]
+    first_n = pid_n * BLOCK_N
+    w_ptrs = w_ptr + (first_n // ROWS).to(tl.int64) * (K_TILES * TILE_BYTES)
+    w_ptrs += (first_n % ROWS + tl.arange(0, BLOCK_N))[:, None] * HALF + half[None, :]
+    word_ptrs = word_ptr + offs_n
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+    for k_tile in range(0, K_TILES):
+        packed = tl.load(w_ptrs)
+        if EVEN_K:
+            x_low = tl.load(x_ptrs)
+            x_high = tl.load(x_ptrs + HALF)
+        else:
+            left = K - k_tile * 2 * HALF
+            x_low = tl.load(x_ptrs, mask=(half < left)[None, :], other=0)
+            x_high = tl.load(x_ptrs + HALF, mask=(half + HALF < left)[None, :], other=0)
+        if GROUPED:
+            word = tl.load(word_ptrs) if EVEN_N else tl.load(word_ptrs, mask=in_n, other=0)
+            word = tl.broadcast_to(word[:, None], (BLOCK_N, HALF))
+            if PTX:
+                w_low, w_high = dequantize_group_ptx(packed, word)
+            else:
+                w_low, w_high = dequantize_group(packed, word)
+            word_ptrs += N
+        elif PTX:
+            w_low, w_high = unpack_int4_ptx(packed)
+        else:
+            w_low, w_high = unpack_int4(packed)
+        acc = tl.dot(w_low, x_low.T, acc, out_dtype=tl.int32)
+        acc = tl.dot(w_high, x_high.T, acc, out_dtype=tl.int32)
+        x_ptrs += 2 * HALF
+        w_ptrs += TILE_BYTES
+    if not GROUPED:
+        # sum (q4 - zero) * x = sum q4 * x - zero * sum x
+        zero = tl.load(word_ptrs, mask=in_n, other=0)
+        token_sum = tl.load(token_sum_ptr + first_m + in_block_m, mask=in_m, other=0)
+        acc -= zero[:, None] * token_sum[None, :]
+    channel_scale = tl.load(channel_scale_ptr + offs_n, mask=in_n, other=0.0)
+    token_scale = tl.load(token_scale_ptr + first_m + in_block_m, mask=in_m, other=0.0)
+    y = acc.to(tl.float32) * channel_scale[:, None] * token_scale[None, :]
+    inside = in_n[:, None] & in_m[None, :]
+    offs_y = in_block_m[None, :] * N + offs_n[:, None]  # [BLOCK_N, BLOCK_M]
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n, mask=in_n, other=0.0)
+        y += bias.to(tl.float32)[:, None]
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + first_m * N + offs_y, mask=inside, other=0.0)
+        y += residual.to(tl.float32)
+    if ROUND_BF16:
+        y = round_to_bf16(y)
+    tl.store(y_ptr + first_m * N + offs_y, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def spec_of(
+    xq: torch.Tensor,
+    channel_scale: torch.Tensor,
+    group_word: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> LinearSpec:
+    """The spec of a call."""
+    return LinearSpec(
+        in_features=xq.shape[-1],
+        out_features=channel_scale.shape[0],
+        group_size=-1 if group_word is None else 128,
+        dtype=dtype,
+        has_bias=bias is not None,
+        has_residual=residual is not None,
+    )
+
+
+def launch(
+    kernel: Launch,
+    xq: torch.Tensor,
+    token_scale: torch.Tensor,
+    token_sum: torch.Tensor,
+    qweight: torch.Tensor,
+    channel_scale: torch.Tensor,
+    group_word: torch.Tensor | None,
+    channel_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y [..., N] of `dtype`; arguments as in qoqc::w4a8_linear.
+
+    Tensors that are not contiguous are copied first. Raises ValueError where shapes, dtypes or
+    devices do not fit each other.
+    """
+    check(
+        xq, token_scale, token_sum, qweight, channel_scale, group_word, channel_zero, bias,
+        residual, dtype,
+    )  # fmt: skip
+    n = channel_scale.shape[0]
+    y = torch.empty((*xq.shape[:-1], n), dtype=dtype, device=xq.device)
+    tokens = token_scale.numel()
+    if y.numel():
+        word = group_word if group_word is not None else channel_zero
+        assert word is not None
+        tile = kernel.tile
+        grid = (ceil_div(tokens, tile["BLOCK_M"]) * ceil_div(n, tile["BLOCK_N"]),)
+        kernel(
+            grid,
+            xq.contiguous(),
+            token_scale.contiguous(),
+            token_sum.contiguous(),
+            qweight.contiguous(),
+            channel_scale.contiguous(),
+            word.contiguous(),
+            channel_scale if bias is None else bias.contiguous(),
+            y if residual is None else residual.contiguous(),
+            y,
+            tokens,
+        )
+    return y
+
+
+def check(
+    xq: torch.Tensor,
+    token_scale: torch.Tensor,
+    token_sum: torch.Tensor,
+    qweight: torch.Tensor,
+    channel_scale: torch.Tensor,
+    group_word: torch.Tensor | None,
+    channel_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    """Raise ValueError, with the numbers, where the arguments of w4a8_linear disagree."""
+    check_device(
+        "w4a8_linear", xq=xq, token_scale=token_scale, token_sum=token_sum, qweight=qweight,
+        channel_scale=channel_scale, group_word=group_word, channel_zero=channel_zero, bias=bias,
+        residual=residual,
+    )  # fmt: skip
+    if (group_word is None) == (channel_zero is None):
+        raise ValueError("w4a8_linear takes group_word (g128) or channel_zero (per channel): one")
+    if dtype not in OUTPUT_DTYPES:
+        raise ValueError(f"w4a8_linear gives bfloat16, float16 or float32, not {dtype}")
+    tokens, k, n = xq.shape[:-1], xq.shape[-1], channel_scale.shape[0]
+    k_tiles = ceil_div(k, GROUP)
+    _expect("xq", xq, (torch.int8,), (*tokens, k))
+    _expect("token_scale", token_scale, (torch.float32,), tokens)
+    _expect("token_sum", token_sum, (torch.int32,), tokens)
+    _expect("qweight", qweight, (torch.uint8,), (ceil_div(n, TILE_N), k_tiles, TILE_N, GROUP // 2))
+    _expect("channel_scale", channel_scale, (torch.float32,), (n,))
+    _expect("group_word", group_word, (torch.int32,), (k_tiles, n))
+    _expect("channel_zero", channel_zero, (torch.int32,), (n,))
+    _expect("bias", bias, OUTPUT_DTYPES, (n,))
+    _expect("residual", residual, OUTPUT_DTYPES, (*tokens, n))
+
+
+def _expect(
+    name: str, tensor: torch.Tensor | None, dtypes: Sequence[torch.dtype], shape: Sequence[int]
+) -> None:
+    if tensor is not None and (tensor.dtype not in dtypes or tensor.shape != shape):
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(
+            f"w4a8_linear: {name} must be {wanted} {tuple(shape)}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)}"
+        )
+
+
+def bind(spec: LinearSpec, tile: Tile) -> dict[str, Any]:
+    """The constexprs of `gemm_w4a8_kernel`."""
+    return {
+        "N": spec.out_features,
+        "K": spec.in_features,
+        "K_TILES": ceil_div(spec.in_features, GROUP),
+        "GROUPED": spec.group_size == GROUP,
+        "EVEN_K": spec.in_features % GROUP == 0,
+        "EVEN_N": spec.out_features % tile["BLOCK_N"] == 0,
+        "HAS_BIAS": spec.has_bias,
+        "HAS_RESIDUAL": spec.has_residual,
+        "ROUND_BF16": spec.dtype == torch.bfloat16 and not tile["PTX"],
+        **dict(tile.constexprs),
+    }
+
+
+def tile_of(block_m: int, block_n: int, num_warps: int, num_stages: int, device: DeviceKey) -> Tile:
+    """A tile; blocks of tokens that share weights in L2 come in groups of 8."""
+    ptx = int(device.name != INTERPRETED_DEVICE)
+    constexprs = (("BLOCK_M", block_m), ("BLOCK_N", block_n), ("GROUP_M", 8), ("PTX", ptx))
+    return Tile(constexprs, num_warps, num_stages)
+
+
+def heuristic(spec: LinearSpec, size: int, device: DeviceKey) -> Tile:
+    """The smallest block that holds the tokens, 128 at most; narrow ones fill the chip at decode.
+
+    Stages are as many as shared memory holds of at most 4, or 8 where a block is small: decode
+    waits for memory only.
+    """
+    block_m = min(128, max(16, triton.next_power_of_2(size)))
+    blocks = ceil_div(size, block_m) * ceil_div(spec.out_features, TILE_N)
+    block_n = TILE_N if blocks >= device.sm_count else TILE_N // 2
+    num_warps = 8 if block_m * block_n >= 128 * 128 else 4
+    for num_stages in (8, 6, 4, 3) if block_m <= 32 else (4, 3):
+        tile = tile_of(block_m, block_n, num_warps, num_stages, device)
+        if shared_bytes(spec, tile) <= device.shared_bytes:
+            return tile
+    return tile_of(block_m, block_n, num_warps, 2, device)
+
+
+def candidates(spec: LinearSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
+    """Blocks up to twice the tokens, by channels, warps and stages."""
+    tiles = {heuristic(spec, size, device): None}
+    widest = max(16, triton.next_power_of_2(size))
+    for block_m in (16, 32, 64, 128):
+        if block_m > widest or block_m * 4 < min(widest, 128):
+            continue
+        # 64 channels by 8 warps are left out: Triton gives the two dots of a step different warp
+        # layouts on sm_90 and moves the accumulator between them through shared memory
+        for block_n, num_warps in ((32, 4), (32, 8), (64, 4), (128, 4), (128, 8)):
+            for num_stages in (3, 4, 6, 8, 12):
+                if block_m * block_n >= num_warps * 128:
+                    tiles[tile_of(block_m, block_n, num_warps, num_stages, device)] = None
+    return tuple(tiles)
+
+
+def shared_bytes(spec: LinearSpec, tile: Tile) -> int:
+    """Weights, activations and group words of each stage in flight, or the epilogue's exchange."""
+    block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
+    words = 4 * block_n if spec.group_size == GROUP else 0
+    stage = block_n * GROUP // 2 + block_m * GROUP + words
+    return max(tile.num_stages * stage, 4 * block_m * block_n)
+
+
+def trial(spec: LinearSpec, size: int, device: torch.device) -> Trial:
+    """Multiply `size` random tokens with a random weight."""
+    generator = torch.Generator(device).manual_seed(0)
+    n, k = spec.out_features, spec.in_features
+    n_tiles, k_tiles = ceil_div(n, TILE_N), ceil_div(k, GROUP)
+
+    def integers(low: int, high: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator, dtype=dtype, device=device)
+
+    def floats(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, device=device)
+
+    xq = integers(-127, 128, (size, k), torch.int8)
+    # zero = 8: every scale up to 16 keeps zero * scale <= 128 and (15 - zero) * scale <= 127
+    scale = integers(1, 17, (k_tiles, n), torch.int32)
+    grouped = spec.group_size == GROUP
+    arguments: list[Any] = [
+        xq,
+        floats(size) * 0.01,
+        xq.sum(1, dtype=torch.int32),
+        integers(0, 256, (n_tiles, k_tiles, TILE_N, GROUP // 2), torch.uint8),
+        floats(n) * 0.01,
+        scale | ((128 - 8 * scale) << 8) if grouped else None,
+        None if grouped else integers(0, 16, (n,), torch.int32),
+        floats(n).to(spec.dtype) if spec.has_bias else None,
+        floats(size, n).to(spec.dtype) if spec.has_residual else None,
+        spec.dtype,
+    ]
+
+    def run(kernel: Launch) -> tuple[torch.Tensor, ...]:
+        return (launch(kernel, *arguments),)
+
+    return run
+
+
+GEMM_W4A8 = Family(
+    "gemm_w4a8", gemm_w4a8_kernel, bind, heuristic, candidates, SELFCHECK, trial, shared_bytes
+)

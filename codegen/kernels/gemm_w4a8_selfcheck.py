@@ -1,0 +1,47 @@
+"""The `main()` of a generated GEMM file: check against torch, then time."""
+
+from __future__ import annotations
+
+SELFCHECK = """
+def main():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if TILE["PTX"] and device == "cpu":
+        raise SystemExit("this kernel holds PTX: run it on a machine with a GPU")
+    n, k, grouped = SPEC["out_features"], SPEC["in_features"], SPEC["group_size"] == 128
+    dtype = getattr(torch, SPEC["dtype"])
+    n_tiles, k_tiles = -(-n // 128), -(-k // 128)
+    options = {name: TILE[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    w = torch.randint(0, 256, (n_tiles, k_tiles, 128, 64), dtype=torch.uint8)
+    q4 = torch.stack((w & 15, w >> 4), 3).permute(0, 2, 1, 3, 4).reshape(n_tiles * 128, -1)[:n]
+    if grouped:
+        # scale * zero <= 128 and scale * (15 - zero) <= 127
+        scale = torch.randint(1, 17, (k_tiles, n), dtype=torch.int32)
+        zero = torch.where(scale == 16, 8, 7).int()
+        word = scale | ((128 - scale * zero) << 8)
+        w8 = (q4 - zero.T.repeat_interleave(128, 1)) * scale.T.repeat_interleave(128, 1)
+    else:
+        word = torch.randint(0, 16, (n,), dtype=torch.int32)
+        w8 = q4.int() - word[:, None]
+    channel_scale = torch.rand(n) * 0.01
+    bias = torch.randn(n).to(dtype)
+    for m in (1, 5) if device == "cpu" else (1, 16, 64, 1024):
+        xq = torch.randint(-127, 128, (m, k), dtype=torch.int8)
+        token_scale, residual = torch.rand(m) * 0.01, torch.randn(m, n).to(dtype)
+        want = (xq.double() @ w8[:, :k].double().T).float() * channel_scale * token_scale[:, None]
+        if SPEC["has_bias"]:
+            want += bias.float()
+        if SPEC["has_residual"]:
+            want += residual.float()
+        y = torch.empty(m, n, dtype=dtype, device=device)
+        tensors = (xq, token_scale, xq.sum(1, dtype=torch.int32), w, channel_scale, word, bias)
+        arguments = [t.to(device) for t in (*tensors, residual)]
+
+        def run():
+            grid = (triton.cdiv(m, TILE["BLOCK_M"]) * triton.cdiv(n, TILE["BLOCK_N"]),)
+            gemm_w4a8_kernel[grid](*arguments, y, m, **options)
+
+        run()
+        assert torch.equal(y.cpu(), want.to(dtype)), f"m={m}: wrong result"
+        took = f"{triton.testing.do_bench(run) * 1e3:.1f} us" if device == "cuda" else "interpreted"
+        print(f"m={m} n={n} k={k} group_size={SPEC['group_size']}: equal to torch, {took}")
+"""

@@ -1,0 +1,123 @@
+"""Compiles kernels for GPUs that are not there; prints a JSON line of facts for each.
+
+A process of its own, because Triton compiles nothing in one that interprets.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import triton
+
+from qoqc.codegen.aot import compile_for
+from qoqc.codegen.build import FAMILIES
+from qoqc.codegen.kernels.quantize import QuantizeSpec
+from qoqc.ir.spec import AttentionSpec, KVSpec, LinearSpec, to_json
+from qoqc.runtime.device import DeviceKey
+
+DEVICES = (
+    DeviceKey("A100", 80, 108, 163 * 1024),
+    DeviceKey("L40S", 89, 142, 99 * 1024),
+    DeviceKey("H200", 90, 132, 227 * 1024),
+)
+
+
+def cases(arch: int) -> Iterator[tuple[str, Any, int]]:
+    """(family, spec, tokens) of what to compile; sm_80 and sm_89 share most of their code."""
+    hopper = arch == 90
+    formats: tuple[Literal[128, -1], ...] = (128, -1)
+    for group_size, tokens in itertools.product(formats, (16, 64, 1024) if hopper else (1024,)):
+        yield "gemm_w4a8", LinearSpec(4096, 6144, group_size, torch.bfloat16), tokens
+    for group_size in formats:
+        yield "gemm_w4a8", LinearSpec(4096, 4096, group_size, torch.float16, True, True), 64
+        yield "gemm_w4a8", LinearSpec(328, 201, group_size, torch.bfloat16, True, True), 128
+    for features in (128, 300, 4096, 14336, 20000) if hopper else (4096,):
+        yield "quantize", QuantizeSpec(features, torch.bfloat16), 1024
+    yield from attention_cases(hopper)
+
+
+def ptx_layouts(ttgir: str) -> list[str]:
+    """The layouts that inline PTX gets its operands in."""
+    found = re.findall(
+        r"tt\.elementwise_inline_asm.* -> \(?tensor<\w+, (#ttg\.\w+<.*?>|#\w+)>", ttgir
+    )
+    return sorted(set(found))
+
+
+def attention_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
+    """KV-cache kernels for groups of four heads of 128 channels; on sm_90 other shapes too."""
+    kv = KVSpec(8, 128, 128)
+    for tokens in (1, 512):
+        yield "kv_append", kv, tokens
+    plain = AttentionSpec(32, kv, torch.bfloat16)
+    full = AttentionSpec(32, kv, torch.bfloat16, has_mask=True, has_chunk=True)
+    yield "attention_combine", plain, 1
+    for spec, tokens in itertools.product((plain, full), (1, 4)):
+        yield "attention_decode", spec, tokens
+    for chunk in (False, True):
+        spec = AttentionSpec(32, kv, torch.bfloat16, has_chunk=chunk, causal=True)
+        yield "attention_prefill", spec, 1024
+    if hopper:
+        # sm_80 and sm_89 hold the mask in 160 to 340 bytes of local memory: less harm than
+        # the smaller tiles that would avoid it
+        yield "attention_prefill", full, 1024
+        for dims, heads, bits in (((192, 128), 8, 4), ((64, 64), 32, 4), ((128, 128), 32, 8)):
+            kv = KVSpec(8, *dims, bits)
+            yield "kv_append", kv, 512
+            spec = AttentionSpec(heads, kv, torch.float16, has_mask=True, has_chunk=True)
+            yield "attention_decode", spec, 1
+            yield "attention_prefill", spec, 1024
+        kv = KVSpec(8, 256, 256)
+        yield "attention_decode", AttentionSpec(16, kv, torch.bfloat16, has_mask=True), 1
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local bytes per thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.check_output([tool, "-res-usage", str(path)], text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    assert found is not None, text
+    return dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+
+
+def main() -> None:
+    """Compile every case for every device."""
+    pairs = [(device, case) for device in DEVICES for case in cases(device.arch)]
+    for device, (name, spec, size) in pairs:
+        family = FAMILIES[name]
+        tile = family.heuristic(spec, size, device)
+        compiled = compile_for(family, spec, tile, min(size, 4), device.arch)
+        ptx = compiled.asm["ptx"]
+        facts = {
+            "family": name,
+            "arch": device.arch,
+            "spec": to_json(spec),
+            "tile": dict(tile.constexprs),
+            "num_warps": tile.num_warps,
+            "shared": compiled.metadata.shared,
+            "shared_limit": device.shared_bytes,
+            "shared_estimate": family.shared_bytes(spec, tile) if family.shared_bytes else None,
+            "fma": len(re.findall(r"\bfma\.rn\.f32", ptx)),
+            "flush": ptx.count(".ftz."),
+            "wgmma": len(re.findall(r"wgmma\.mma_async\S*\.s32\.s8\.s8", ptx)),
+            "mma": len(re.findall(r"mma\.sync\.aligned\.m16n8k32.*\.s32\.s8\.s8\.s32", ptx)),
+            "ptx_layouts": ptx_layouts(compiled.asm["ttgir"]),
+            "async_copies": ptx.count("cp.async.c"),
+            **usage(compiled.asm["cubin"]),
+        }
+        print(json.dumps(facts), flush=True)
+
+
+if __name__ == "__main__":
+    main()

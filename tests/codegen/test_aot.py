@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qoqc.codegen.aot import Recorder, compile_for
+from qoqc.codegen.build import FAMILIES
+from qoqc.codegen.family import Family, Tile
+from qoqc.codegen.kernels.quantize import QUANTIZE, QuantizeSpec
+
+REPORT = Path(__file__).with_name("aot_report.py")
+
+Facts = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def facts() -> list[Facts]:
+    """What the machine code of every case looks like, compiled in one process for all tests."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(REPORT)], env=env, capture_output=True, text=True, timeout=900
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def offenders(facts: list[Facts], *names: str) -> list[Facts]:
+    shown = ("family", "arch", "spec", "tile", *names)
+    return [{name: f[name] for name in shown} for f in facts if any(f[n] for n in names)]
+
+
+def test_every_family_is_compiled_for_every_architecture(facts: list[Facts]) -> None:
+    wanted = {name for name, family in FAMILIES.items() if family.trial is not None}
+    for arch in (80, 89, 90):
+        assert {f["family"] for f in facts if f["arch"] == arch} == wanted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_spills(family: str, facts: list[Facts]) -> None:
+    assert offenders([f for f in facts if f["family"] == family], "stack", "local") == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_memory_fits_and_is_not_underestimated(family: str, facts: list[Facts]) -> None:
+    for f in facts:
+        if f["family"] == family:
+            assert f["shared"] <= f["shared_limit"], f
+            assert f["shared_estimate"] is None or f["shared"] <= f["shared_estimate"], f
+
+
+def test_exact_families_hold_no_fma_and_no_flush_to_zero(facts: list[Facts]) -> None:
+    exact = [f for f in facts if not FAMILIES[f["family"]].fp_fusion]
+    assert exact
+    assert offenders(exact, "fma", "flush") == []
+
+
+def test_gemm_runs_on_integer_tensor_cores(facts: list[Facts]) -> None:
+    for f in facts:
+        if f["family"] == "gemm_w4a8":
+            assert f["wgmma" if f["arch"] == 90 else "mma"] > 0, f
+
+
+def test_threads_hold_runs_of_four_weights_of_one_group(facts: list[Facts]) -> None:
+    # what the inline PTX relies on; and one warp layout for both dots of a step
+    for f in facts:
+        if f["family"] == "gemm_w4a8":
+            (layout,) = f["ptx_layouts"]
+            assert layout == "#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>", f
+
+
+def test_weights_and_words_are_copied_asynchronously(facts: list[Facts]) -> None:
+    for f in facts:
+        if f["family"] == "gemm_w4a8" and f["spec"]["in_features"] % 128 == 0:
+            assert f["async_copies"] > 0, f
+
+
+def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = Tile((("ROWS", 1), ("BLOCK_K", 64), ("LOOP", 0)))
+    spec = QuantizeSpec(64, torch.bfloat16)
+    monkeypatch.setattr("triton.knobs.runtime.interpret", True)
+    with pytest.raises(RuntimeError, match="unset it"):
+        compile_for(QUANTIZE, spec, tile, 1, 90)
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    mute = Family("mute", None, QUANTIZE.bind, QUANTIZE.heuristic, QUANTIZE.candidates, "")
+    with pytest.raises(ValueError, match="family mute has no trial"):
+        compile_for(mute, spec, tile, 1, 90)
+
+
+def test_recorder_keeps_the_launch() -> None:
+    recorder = Recorder(Tile(()))
+    recorder((3,), "a", 2)
+    assert (recorder.grid, recorder.arguments) == ((3,), ("a", 2))

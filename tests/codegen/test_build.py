@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from qoqc.codegen import build as building
+from qoqc.codegen.build import FAMILIES, build, built_kernels, dump_kernels, generate
+from qoqc.codegen.family import Family, Tile
+from qoqc.codegen.kernels.gemm_w4a8 import GEMM_W4A8
+from qoqc.codegen.kernels.quantize import QUANTIZE, QuantizeSpec, launch
+from qoqc.ir.spec import LinearSpec
+from qoqc.quant.activation import quantize_act
+from qoqc.runtime.device import DeviceKey, device_key
+
+SPEC = QuantizeSpec(40, torch.float32)
+INTERPRETER = device_key(torch.device("cpu"))
+H200 = DeviceKey("H200", 90, 132, 227 * 1024)
+
+GOLDEN = Path(__file__).parent / "golden"
+# one per family and notable flag set; `pytest --accept` writes them anew
+GOLDENS: dict[str, tuple[Family, object, int, DeviceKey]] = {
+    "quantize": (QUANTIZE, QuantizeSpec(4096, torch.bfloat16), 16, H200),
+    "quantize_loop": (QUANTIZE, QuantizeSpec(20000, torch.float16), 16, H200),
+    "gemm_g128": (GEMM_W4A8, LinearSpec(4096, 4096, 128, torch.bfloat16), 16, H200),
+    "gemm_per_channel_bias_residual": (
+        GEMM_W4A8,
+        LinearSpec(4096, 4096, -1, torch.float16, has_bias=True, has_residual=True),
+        4096,
+        H200,
+    ),
+    "gemm_tails_interpreted": (
+        GEMM_W4A8,
+        LinearSpec(200, 72, 128, torch.bfloat16, has_bias=True),
+        4,
+        INTERPRETER,
+    ),
+}
+
+
+def tile(rows: int = 1) -> Tile:
+    return Tile((("ROWS", rows), ("BLOCK_K", 64), ("LOOP", 0)), num_warps=1)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QOQC_CACHE", str(tmp_path))
+    monkeypatch.setattr(building, "_BUILT", {})
+    return tmp_path / "kernels"
+
+
+def test_one_file_per_source_and_one_kernel_per_key(cache: Path) -> None:
+    first = build(QUANTIZE, SPEC, tile())
+    assert build(QUANTIZE, QuantizeSpec(40, torch.float32), tile()) is first
+    other = build(QUANTIZE, SPEC, tile(rows=2))
+    assert other.path != first.path
+    assert sorted(p.name for p in cache.iterdir()) == sorted([first.path.name, other.path.name])
+    assert first.path.parent == cache
+    assert first.path.read_text() == first.source
+    assert built_kernels() == (first, other)
+
+
+def test_the_name_depends_on_the_triton_version(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build(QUANTIZE, SPEC, tile())
+    monkeypatch.setattr(building, "_BUILT", {})
+    monkeypatch.setattr(triton, "__version__", "0.0")
+    second = build(QUANTIZE, SPEC, tile())
+    assert second.source == first.source
+    assert second.path != first.path
+
+
+@pytest.mark.parametrize("damage", ["", "raise SystemExit('damaged')\n", "\x00"])
+def test_a_damaged_file_is_replaced_and_never_run(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device, damage: str
+) -> None:
+    path = build(QUANTIZE, SPEC, tile()).path
+    path.write_text(damage)
+    monkeypatch.setattr(building, "_BUILT", {})
+    kernel = build(QUANTIZE, SPEC, tile())
+    assert path.read_text() == kernel.source
+    assert [p.name for p in cache.iterdir()] == [path.name]
+    x = torch.randn(3, 40)
+    assert torch.equal(launch(kernel, x.to(device))[0].cpu(), quantize_act(x)[0])
+
+
+def test_a_failed_write_leaves_nothing_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: str, target: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        build(QUANTIZE, SPEC, tile())
+    assert list(cache.iterdir()) == []
+
+
+def test_dump_writes_the_sources(cache: Path, tmp_path: Path) -> None:
+    kernel = build(QUANTIZE, SPEC, tile())
+    dump_kernels(None)
+    dump_kernels(str(tmp_path / "dump"))
+    assert (tmp_path / "dump" / "kernels" / kernel.path.name).read_text() == kernel.source
+
+
+def test_families_are_named_after_their_key() -> None:
+    assert all(name == family.name for name, family in FAMILIES.items())
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_golden(name: str, request: pytest.FixtureRequest) -> None:
+    family, spec, size, key = GOLDENS[name]
+    text = generate(family, spec, family.heuristic(spec, size, key))
+    path = GOLDEN / f"{name}.py"
+    if request.config.getoption("--accept"):
+        path.write_text(text)
+    assert text == path.read_text(), (
+        f"generated text changed; review and run pytest --accept {path}"
+    )
+
+
+def test_goldens_have_no_stray_files() -> None:
+    assert {p.stem for p in GOLDEN.glob("*.py")} == set(GOLDENS)
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_generated_files_import_nothing_else(name: str) -> None:
+    tree = ast.parse((GOLDEN / f"{name}.py").read_text())
+    imports = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    assert [ast.unparse(n) for n in imports] == [
+        "import torch",
+        "import triton",
+        "import triton.language as tl",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "spec"),
+    [
+        (QUANTIZE, SPEC),
+        (GEMM_W4A8, LinearSpec(200, 72, 128, torch.bfloat16, has_bias=True)),
+        (GEMM_W4A8, LinearSpec(128, 130, -1, torch.float32, has_residual=True)),
+    ],
+)
+def test_a_generated_file_checks_itself(
+    family: Family, spec: object, cache: Path, device: torch.device
+) -> None:
+    kernel = build(family, spec, family.heuristic(spec, 4, device_key(device)))
+    run = subprocess.run(
+        [sys.executable, str(kernel.path)], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert "equal to torch" in run.stdout
+
+
+def test_a_wrong_kernel_fails_its_own_check(cache: Path, device: torch.device) -> None:
+    kernel = build(QUANTIZE, SPEC, tile())
+    wrong = kernel.source.replace("* 127.0", "* 126.0")
+    assert wrong != kernel.source
+    path = kernel.path.with_name("wrong.py")
+    path.write_text(wrong)
+    run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=300)
+    assert run.returncode != 0
+    assert "wrong integers" in run.stderr
+
+
+def test_specs_with_the_same_facts_share_a_kernel(cache: Path) -> None:
+    spec = dataclasses.replace(SPEC)
+    assert spec is not SPEC
+    assert build(QUANTIZE, spec, tile()) is build(QUANTIZE, SPEC, tile())
