@@ -131,7 +131,9 @@ def main() -> None:
     static = {"cache_implementation": "static", "max_length": None} if args.device == "cuda" else {}
     rows = []
     for batch in args.batch:
-        rows.append(measure("transformers bf16", generator(model, batch, args, **static), batch, args))
+        rows.append(
+            measure("transformers bf16", generator(model, batch, args, **static), batch, args)
+        )
         print(rows[-1], flush=True)
     # the bf16 runs leave their static caches and graphs behind
     model._cache = None

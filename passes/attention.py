@@ -10,9 +10,13 @@ from torch.fx import GraphModule, Node
 
 from qoqc.ir import ops
 from qoqc.passes.context import Context
-from qoqc.passes.match import SDPA, example, is_call, is_view, source
+from qoqc.passes.match import SDPA, example, is_call, is_method, is_slice, is_view, source
 
 CACHE_WRITES = frozenset({"index_copy_", "copy_", "scatter_"})
+KEEP_ORDER = frozenset(
+    {"view", "reshape", "contiguous", "expand", "unsqueeze", "squeeze", "flatten", "unflatten"}
+    | {"repeat_interleave", "clone", "to", "type_as", "view_as"}
+)
 
 
 def attention(gm: GraphModule, ctx: Context) -> int:
@@ -37,16 +41,18 @@ def attention(gm: GraphModule, ctx: Context) -> int:
             count += _round_chunk(gm, node, ctx.options.kv_bits)
     for node in gm.graph.nodes:
         if is_call(node, ops.kv4_dequant) and not _is_only_shape_read(node):
-            ctx.refuse(_layer_name(ctx, node), "not SDPA: runs as dequantize + its own attention")
+            ctx.refuse(
+                _layer_name(ctx, node), "read outside SDPA: runs as dequantize + its own attention"
+            )
     return count
 
 
 def _cache_read(sdpa: Node) -> Any:
     """The kv4_dequant node behind K and V, or a word on what is there instead."""
     k, v = source(sdpa.args[1]), source(sdpa.args[2])
-    if is_call(k, operator.getitem) and is_call(v, operator.getitem):
-        if is_call(k.args[0], ops.kv4_dequant) and k.args[0] is v.args[0]:
-            return k.args[0]
+    both = is_call(k, operator.getitem) and is_call(v, operator.getitem)
+    if both and is_call(k.args[0], ops.kv4_dequant) and k.args[0] is v.args[0]:
+        return k.args[0]
     return f"{getattr(k, 'target', k)}"
 
 
@@ -80,17 +86,39 @@ def _fuse(gm: GraphModule, ctx: Context, sdpa: Node, read: Node, name: str) -> i
 
 
 def _whole_heads(key: Any, read: Node, output: int) -> bool:
-    """Do the views between cache and SDPA only repeat heads, keeping tokens and channels?"""
-    cached, used = example(read), example(key)
-    if cached is None or used is None or used.dim() != 4:
+    """Do the views between cache and SDPA only repeat each head, keeping tokens and channels?
+
+    True for chains of nodes that cannot reorder, over shapes [B, H, (1 or r,) T, D] and
+    [B, H * r, T, D]: that is repeat_interleave, however it is spelled.
+    """
+    cached = example(read)
+    if cached is None or not isinstance(key, Node) or source(key).args[1] != output:
         return False
-    stored = cached[output]
-    same_tail = tuple(used.shape[2:]) == tuple(stored.shape[2:])
-    return same_tail and used.shape[0] == stored.shape[0]
+    batch, heads, *tail = cached[output].shape
+    while is_view(key):
+        shape = list(example(key).shape)
+        repeated = len(shape) == 5 and shape[1] == heads
+        merged = len(shape) == 4 and shape[1] % heads == 0
+        if not (repeated or merged) or shape[0] != batch or shape[-2:] != tail:
+            return False
+        if is_slice(key) and not _is_whole(key.args[1]):
+            return False
+        if not is_slice(key) and not is_method(key, *KEEP_ORDER):
+            return False
+        key = key.args[0]
+    return True
+
+
+def _is_whole(index: Any) -> bool:
+    """Does indexing with this only add axes?"""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or part == slice(None) for part in parts)
 
 
 def _round_chunk(gm: GraphModule, sdpa: Node, bits: int) -> int:
     q, k, v = sdpa.args
+    if is_call(source(k), ops.kv4_round):  # the cache did it already
+        return 0
     with gm.graph.inserting_before(sdpa):
         rounded = [gm.graph.call_function(ops.kv4_round, (x, bits)) for x in (k, v)]
     for new, old in zip(rounded, (k, v), strict=True):
@@ -125,4 +153,5 @@ def _dead(node: Node) -> bool:
 
 
 def _layer_name(ctx: Context, read: Node) -> str:
-    return ctx.name(read.args[0]) if isinstance(read.args[0], Node) else read.name
+    pages = read.args[0]
+    return ctx.name(pages).removesuffix(".k_pages") if isinstance(pages, Node) else read.name

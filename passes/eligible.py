@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import operator
-from typing import Any
+import re
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch.fx import GraphModule, Node
 from qoqc.ir import ops
 from qoqc.ir.spec import OUTPUT_DTYPES
 from qoqc.passes.context import Context
-from qoqc.passes.match import LINEAR, SDPA, example, is_call, is_method, is_view
+from qoqc.passes.match import LINEAR, SDPA, argument, example, is_call, is_method, is_view, source
 from qoqc.runtime.weights import WeightRef
 
 MIN_FEATURES = 32
@@ -22,6 +23,7 @@ MIN_FEATURES = 32
 
 ROUTING = frozenset({torch.topk, torch.argmax})
 STOPS = frozenset({LINEAR, SDPA, F.embedding})
+_PRODUCT = re.compile(r"mm|matmul|einsum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,12 @@ class No:
 
 def site(gm: GraphModule, node: Node, ctx: Context) -> Site | No:
     """The site of a normalized linear node, or why there is none."""
-    x, weight, bias = node.args
-    parts = weight.args[0] if is_call(weight, torch.cat) else [weight]
+    x, weight, bias = cast("tuple[Any, Any, Any]", node.args)
+    if any(is_call(n, *ROUTING) or is_method(n, "topk", "argmax") for n in downstream_near(node)):
+        return No("router of experts", kept=True)
+    # only merge() and models that join weights by rows write this
+    joined = is_call(weight, torch.cat) and argument(weight, 1, "dim", 0) == 0
+    parts = weight.args[0] if joined else [weight]
     found = [_weight(part, ctx) for part in parts]
     if any(isinstance(f, No) for f in found):
         return next(f for f in found if isinstance(f, No))
@@ -83,12 +89,10 @@ def _refusal(
     name = ref.name.removesuffix(".weight")
     if any(fnmatch.fnmatch(name, pattern) for pattern in ctx.options.exclude):
         return No("excluded", kept=True)
-    if any(is_call(user, F.embedding) for user in placeholder.users):
+    if any(ref.param is table for table in _tables(gm, ctx)):
         return No("shares its weight with the embedding", kept=True)
     if _is_head(gm, node, ref, ctx):
         return No("output head", kept=True)
-    if any(is_call(n, *ROUTING) or is_method(n, "topk", "argmax") for n in downstream_near(node)):
-        return No("router of experts", kept=True)
     if _reads_cache(node.args[0]):
         return No("multiplies the whole cache at every step", kept=True)
     n, k = ref.dense().shape
@@ -103,12 +107,25 @@ def _refusal(
 
 def _is_head(gm: GraphModule, node: Node, ref: WeightRef, ctx: Context) -> bool:
     """As many rows as an embedding has, and on the way to the output no other linear."""
-    rows = ref.dense().shape[0]
-    tables = [n.args[1] for n in gm.graph.nodes if is_call(n, F.embedding)]
-    sizes = {p.shape[0] for t in tables if (p := ctx.parameter(t)) is not None}
-    if rows not in sizes:
+    if ref.dense().shape[0] not in {table.shape[0] for table in _tables(gm, ctx)}:
         return False
     return not any(is_call(n, *STOPS) for n in _after(node))
+
+
+def note_tables(gm: GraphModule, ctx: Context) -> None:
+    """Remember the embedding tables of this graph for the graphs behind a graph break."""
+    for node in gm.graph.nodes:
+        if is_call(node, F.embedding):
+            param = ctx.parameter(argument(node, 1, "weight"))
+            if param is not None:
+                ctx.store.note_table(param)
+
+
+def _tables(gm: GraphModule, ctx: Context) -> list[torch.Tensor]:
+    """The embedding tables of this graph, or of earlier ones if it has none."""
+    nodes = [argument(n, 1, "weight") for n in gm.graph.nodes if is_call(n, F.embedding)]
+    own = [param for node in nodes if (param := ctx.parameter(node)) is not None]
+    return [*own] or ctx.store.tables()
 
 
 def _after(node: Node) -> list[Node]:
@@ -139,8 +156,13 @@ def downstream_near(node: Node, steps: int = 12) -> list[Node]:
 
 
 def _reads_cache(x: Any) -> bool:
+    """Is `x` what a cache gave back, or what the first prefill hands to it and on (MLA latents)?"""
     while is_view(x):
+        if _is_appended(x):
+            return True
         x = x.args[0]
+    if _is_appended(x) or is_call(x, ops.kv4_round):
+        return True
     if is_call(x, operator.getitem):
         return is_call(x.args[0], ops.kv4_dequant)
     if not isinstance(x, Node):
@@ -150,3 +172,28 @@ def _reads_cache(x: Any) -> bool:
     dims = (x.kwargs.get("dim"), *(x.args[1:2]))
     value = example(x)
     return is_call(x, torch.cat) and any(d in (-2, 2) for d in dims) and value.dim() == 4
+
+
+def _is_appended(x: Any) -> bool:
+    return isinstance(x, Node) and any(is_call(user, ops.kv4_append) for user in x.users)
+
+
+def refuse_experts(gm: GraphModule, ctx: Context) -> None:
+    """Record matrix products with 3-D parameters, the experts of a mixture: no kernel for them yet.
+
+    Their spelling depends on device and transformers release (grouped_mm, bmm, einsum), so they
+    are told by the parameter, reached through views and casts.
+    """
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or not _PRODUCT.search(_spelling(node)):
+            continue
+        for operand in node.all_input_nodes:
+            weight = source(operand)
+            param = ctx.parameter(weight) if isinstance(weight, Node) else None
+            if param is not None and param.dim() > 2:
+                reason = f"experts are one {param.dim()}-D parameter: left in 16 bit"
+                ctx.refuse(ctx.name(weight), reason)
+
+
+def _spelling(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else str(node.target)

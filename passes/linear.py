@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from qoqc.ir import ops
 from qoqc.ir.spec import LinearSpec
 from qoqc.passes.context import Context
-from qoqc.passes.eligible import No, Site, site, weight_name
+from qoqc.passes.eligible import No, Site, note_tables, refuse_experts, site, weight_name
 from qoqc.passes.match import LINEAR, example, is_call
 from qoqc.runtime.dynamo import add_static_input
 from qoqc.runtime.weights import Bundle
@@ -18,10 +18,11 @@ from qoqc.runtime.weights import Bundle
 def linear(gm: GraphModule, ctx: Context) -> int:
     """Quantize linears; returns how many weights.
 
-        y = linear(x, w, b)
-          ->  xq, xs, xsum = quantize_act(x);  y = w4a8_linear(xq, xs, xsum, packed..., b)
+    y = linear(x, w, b)
+      ->  xq, xs, xsum = quantize_act(x);  y = w4a8_linear(xq, xs, xsum, packed..., b)
     """
     count = 0
+    note_tables(gm, ctx)
     packed: dict[int, dict[str, Node]] = {}
     for node in list(gm.graph.nodes):
         if not is_call(node, LINEAR):
@@ -36,6 +37,7 @@ def linear(gm: GraphModule, ctx: Context) -> int:
             ctx.bundles.append((bundle, found.weights))
         _rewrite(gm, node, found, bundle, packed[id(bundle)])
         count += len(found.weights)
+    refuse_experts(gm, ctx)
     return count
 
 

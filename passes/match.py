@@ -18,6 +18,9 @@ VIEW_METHODS = frozenset(
 VIEW_FUNCTIONS = frozenset(
     {torch.reshape, torch.transpose, torch.permute, torch.unsqueeze, torch.squeeze, torch.flatten}
 )
+WRITES = frozenset(
+    {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv}
+)
 
 
 def is_call(node: Any, *targets: Any) -> bool:
@@ -47,6 +50,28 @@ def source(node: Any) -> Any:
     return node
 
 
+def written(node: Node) -> Any:
+    """The `base` of the tensor that this node writes in place, or None if it writes none."""
+    return base(node.args[0]) if _is_write(node) else None
+
+
+def base(node: Any) -> Any:
+    """The producer of the storage of a value, as far as views and in-place operations show it."""
+    while is_view(node) or _is_write(node):
+        node = node.args[0]
+    return node
+
+
+def _is_write(node: Any) -> bool:
+    if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    if node.op == "call_function":
+        in_place |= node.target in WRITES or node.kwargs.get("inplace") is True
+    return in_place and bool(node.args)
+
+
 def example(node: Any) -> Any:
     """The fake value Dynamo recorded for a node, or None."""
     return node.meta.get("example_value") if isinstance(node, Node) else None
@@ -57,5 +82,3 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     if len(node.args) > position:
         return node.args[position]
     return node.kwargs.get(name, default)
-
-

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
 
 import torch
 from torch.fx import GraphModule, Node
 
 from qoqc.passes.context import Context
 from qoqc.passes.eligible import Site, site
-from qoqc.passes.match import LINEAR, example, is_call
+from qoqc.passes.match import LINEAR, base, example, is_call, written
 
 
 def merge(gm: GraphModule, ctx: Context) -> int:
@@ -21,17 +20,25 @@ def merge(gm: GraphModule, ctx: Context) -> int:
 
     The concatenation never runs: the linear pass packs the rows together.
     """
-    order = {node: position for position, node in enumerate(gm.graph.nodes)}
-    siblings: dict[tuple[Node, torch.dtype], list[tuple[Node, Site]]] = defaultdict(list)
+    groups: list[list[tuple[Node, Site]]] = []
+    open_groups: dict[tuple[Node, torch.dtype], list[tuple[Node, Site]]] = {}
     for node in gm.graph.nodes:
-        if is_call(node, LINEAR):
-            found = site(gm, node, ctx)
-            if isinstance(found, Site) and _is_plain(found, order, node):
-                siblings[(found.x, found.refs[0].param.dtype)].append((node, found))
-    return sum(_merge(gm, group) for group in siblings.values() if len(group) > 1)
+        target = written(node)
+        if target is not None:  # readers behind a write see other values
+            open_groups = {k: g for k, g in open_groups.items() if base(k[0]) is not target}
+        if not is_call(node, LINEAR):
+            continue
+        found = site(gm, node, ctx)
+        if isinstance(found, Site) and _is_plain(found):
+            key = (found.x, found.refs[0].param.dtype)
+            if key not in open_groups:
+                open_groups[key] = []
+                groups.append(open_groups[key])
+            open_groups[key].append((node, found))
+    return sum(_merge(gm, group) for group in groups if len(group) > 1)
 
 
-def _is_plain(found: Site, order: dict[Node, int], node: Node) -> bool:
+def _is_plain(found: Site) -> bool:
     """May it move up to its first sibling? A bias computed in between may not exist there yet."""
     return found.bias is None or found.bias.op == "placeholder"
 
@@ -68,9 +75,7 @@ def _bias(gm: GraphModule, group: list[tuple[Node, Site]], sizes: list[int]) -> 
         return None
     given = next(s.bias for _, s in group if s.bias is not None)
     pieces = [
-        s.bias
-        if s.bias is not None
-        else gm.graph.call_method("new_zeros", (given, size))
+        s.bias if s.bias is not None else gm.graph.call_method("new_zeros", (given, size))
         for (_, s), size in zip(group, sizes, strict=True)
     ]
     return gm.graph.call_function(torch.cat, (pieces,))

@@ -19,10 +19,11 @@ SDPA_OPTIONAL = (("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False), 
 def normalize(gm: GraphModule, ctx: Context) -> int:
     """Rewrite spellings of linear and SDPA.
 
-        addmm(b, x, w)              ->   linear(x, t(w), b)
-        x @ w.T                     ->   linear(x, w, None)
-        sdpa(q, k, v, mask, ...)    ->   sdpa(q, k, v, attn_mask=mask, ...), all keywords
-        _set_grad_enabled(...)      ->   (gone: the graph runs under no_grad)
+    addmm(b, x, w)              ->   linear(x, t(w), b)
+    x @ w.T                     ->   linear(x, w, None)
+    x @ w                       ->   linear(x, t(w), None)
+    sdpa(q, k, v, mask, ...)    ->   sdpa(q, k, v, attn_mask=mask, ...), all keywords
+    _set_grad_enabled(...)      ->   (gone: the graph runs under no_grad)
     """
     count = 0
     for node in list(gm.graph.nodes):
@@ -34,8 +35,8 @@ def normalize(gm: GraphModule, ctx: Context) -> int:
             count += _matmul(gm, ctx, node)
         elif is_call(node, LINEAR, F.linear):
             x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
-            node.target, node.kwargs = LINEAR, {}
-            node.args = (x, weight, argument(node, 2, "bias"))
+            bias = argument(node, 2, "bias")
+            node.target, node.args, node.kwargs = LINEAR, (x, weight, bias), {}
         elif is_call(node, SDPA, F.scaled_dot_product_attention):
             count += _sdpa(node)
     return count
@@ -53,22 +54,41 @@ def _replace(gm: GraphModule, node: Node, x: Any, weight: Any, bias: Any) -> int
 def _addmm(gm: GraphModule, ctx: Context, node: Node) -> int:
     if node.kwargs or len(node.args) != 3:  # alpha and beta scale the terms: not a linear
         return 0
-    bias, x, weight = node.args
-    if not isinstance(weight, Node) or ctx.parameter(weight) is None:
-        return 0
-    with gm.graph.inserting_before(node):
-        transposed = gm.graph.call_method("t", (weight,))
-    stored = example(weight)
-    transposed.meta["example_value"] = None if stored is None else stored.t()
-    return _replace(gm, node, x, transposed, bias)
+    bias, x, right = node.args
+    weight = _weight(gm, ctx, node, right)
+    return 0 if weight is None else _replace(gm, node, x, weight, bias)
 
 
 def _matmul(gm: GraphModule, ctx: Context, node: Node) -> int:
-    x, right = node.args[:2]
-    is_transpose = is_method(right, "t") or (is_call(right, getattr) and right.args[1] == "T")
-    if not is_transpose or ctx.parameter(right.args[0]) is None:
-        return 0
-    return _replace(gm, node, x, right.args[0], None)
+    x, right = argument(node, 0, "input"), argument(node, 1, "other")
+    if node.target is torch.mm:
+        right = argument(node, 1, "mat2")
+    weight = _weight(gm, ctx, node, right)
+    return 0 if weight is None else _replace(gm, node, x, weight, None)
+
+
+def _weight(gm: GraphModule, ctx: Context, product: Node, right: Any) -> Node | None:
+    """The weight of the linear that is `x @ right`: a parameter or t(parameter), else None."""
+    if not isinstance(right, Node):
+        return None
+    original: Any = right.args[0] if _is_transpose(right) else right
+    param = ctx.parameter(original)
+    if param is None or param.dim() != 2:
+        return None
+    if original is not right:
+        return original
+    with gm.graph.inserting_before(product):
+        transposed = gm.graph.call_method("t", (right,))
+    stored = example(right)
+    transposed.meta["example_value"] = None if stored is None else stored.t()
+    return transposed
+
+
+def _is_transpose(node: Node) -> bool:
+    if is_call(node, getattr):
+        return node.args[1] in ("T", "mT")
+    swapped = is_method(node, "transpose") or is_call(node, torch.transpose)
+    return is_method(node, "t") or (swapped and set(node.args[1:]) in ({0, 1}, {-1, -2}))
 
 
 def _sdpa(node: Node) -> int:

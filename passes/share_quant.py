@@ -6,7 +6,7 @@ from torch.fx import GraphModule, Node
 
 from qoqc.ir import ops
 from qoqc.passes.context import Context
-from qoqc.passes.match import is_call
+from qoqc.passes.match import base, is_call, written
 
 
 def share_quant(gm: GraphModule, ctx: Context) -> int:
@@ -19,8 +19,9 @@ def share_quant(gm: GraphModule, ctx: Context) -> int:
     count = 0
     live: dict[Node, Node] = {}
     for node in list(gm.graph.nodes):
-        if node.op == "call_method" and str(node.target).endswith("_") and node.args:
-            live.pop(node.args[0], None)
+        target = written(node)
+        if target is not None:
+            live = {x: first for x, first in live.items() if base(x) is not target}
         if not is_call(node, ops.quantize_act):
             continue
         first = live.setdefault(node.args[0], node)

@@ -48,4 +48,6 @@ def check_torch_version(version: str = torch.__version__) -> str | None:
     release = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
     if (2, 11) <= release < (2, 14):
         return None
-    return f"torch {version} is outside the supported range >= 2.11, < 2.14; pip install 'torch<2.14'"
+    return (
+        f"torch {version} is outside the supported range >= 2.11, < 2.14; pip install 'torch<2.14'"
+    )

@@ -27,6 +27,7 @@ from qoqc.codegen.kernels.pieces_kv import (
     look,
     mma,
     rise,
+    split_weights,
     split_word,
     weigh,
 )
@@ -254,8 +255,13 @@ def attention_decode(
             v_rows += CHUNK_T * v_chunk_stride_s
             v1 = tl.load(v_rows, mask=in_v & (u1 < seq)[None, :], other=0.0)
             acc *= (shrink * (top / new_top))[None, :]
-            acc = mma(v0.to(OPERAND), (p0 * gain).to(OPERAND), acc)
-            acc = mma(v1.to(OPERAND), (p1 * gain).to(OPERAND), acc)
+            v0 = v0.to(OPERAND)
+            v1 = v1.to(OPERAND)
+            high0, low0 = split_weights(p0 * gain, OPERAND)
+            high1, low1 = split_weights(p1 * gain, OPERAND)
+            acc = mma(v1, high1, mma(v0, high0, acc))
+            if tl.bfloat16 == OPERAND:
+                acc = mma(v1, low1, mma(v0, low0, acc))
             top = new_top
 
     out = acc * (top / HEADROOM) + offset[None, :]

@@ -33,6 +33,7 @@ from qoqc.codegen.kernels.pieces_kv import (
     look,
     mma,
     rise,
+    split_weights,
     split_word,
     weigh,
 )
@@ -257,7 +258,11 @@ def attention_prefill(
             peak, shrink, p = rise_one(peak, s)
             total = total * shrink + tl.sum(p, 1)
             offset *= shrink
-            acc = mma((p * gain).to(OPERAND), v.to(OPERAND), acc * shrink[:, None])
+            high, low = split_weights(p * gain, OPERAND)
+            v = v.to(OPERAND)
+            acc = mma(high, v, acc * shrink[:, None])
+            if tl.bfloat16 == OPERAND:
+                acc = mma(low, v, acc)
 
     out = acc * (top / HEADROOM) + offset[:, None]
     empty = total == 0

@@ -7,7 +7,8 @@ K in_features, N out_features.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,6 +59,15 @@ kv4_attention = torch.ops.qoqc.kv4_attention.default
 kv4_round = torch.ops.qoqc.kv4_round.default
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _fake(name: str) -> Callable[[_Function], _Function]:
+    """Register the shape function of an op (torch leaves its own decorator untyped)."""
+    register: Callable[[_Function], _Function] = torch.library.register_fake(f"qoqc::{name}")
+    return register
+
+
 def packed_of(
     xq: Tensor,
     qweight: Tensor,
@@ -81,7 +91,7 @@ def _quantize_act_impl(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _quantize_act(x)
 
 
-@torch.library.register_fake("qoqc::quantize_act")
+@_fake("quantize_act")
 def _quantize_act_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape, dtype=torch.int8),
@@ -108,7 +118,7 @@ def _w4a8_linear_impl(
     return reference.int8_linear(xq, token_scale, w8, channel_scale, bias, residual, dtype)
 
 
-@torch.library.register_fake("qoqc::w4a8_linear")
+@_fake("w4a8_linear")
 def _w4a8_linear_fake(
     xq: Tensor,
     token_scale: Tensor,
@@ -129,7 +139,7 @@ def _kv4_append_impl(*args: Any) -> None:
     reference.kv_append(*args)
 
 
-@torch.library.register_fake("qoqc::kv4_append")
+@_fake("kv4_append")
 def _kv4_append_fake(*args: Any) -> None:
     return None
 
@@ -139,7 +149,7 @@ def _kv4_dequant_impl(*args: Any) -> tuple[Tensor, Tensor]:
     return reference.kv_dequant(*args)
 
 
-@torch.library.register_fake("qoqc::kv4_dequant")
+@_fake("kv4_dequant")
 def _kv4_dequant_fake(
     k_pages: Tensor,
     v_pages: Tensor,
@@ -164,7 +174,7 @@ def _kv4_attention_impl(*args: Any) -> Tensor:
     return reference.kv_attention(*args)
 
 
-@torch.library.register_fake("qoqc::kv4_attention")
+@_fake("kv4_attention")
 def _kv4_attention_fake(q: Tensor, k_pages: Tensor, v_pages: Tensor, *args: Any) -> Tensor:
     return q.new_empty((*q.shape[:-1], v_pages.shape[2]))
 
@@ -174,6 +184,6 @@ def _kv4_round_impl(x: Tensor, bits: int) -> Tensor:
     return fake_quantize_kv(x, bits)
 
 
-@torch.library.register_fake("qoqc::kv4_round")
+@_fake("kv4_round")
 def _kv4_round_fake(x: Tensor, bits: int) -> Tensor:
     return x.new_empty(x.shape)

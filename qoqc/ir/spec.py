@@ -25,7 +25,7 @@ OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclasses.dataclass(frozen=True)
 class LinearSpec:
-    """A dequantizing GEMM `y[M, N] = dequant(xq[M, K]) @ dequant(w[N, K]).T (+ bias) (+ residual)`."""
+    """A dequantizing GEMM `y[M, N] = deq(xq[M, K]) @ deq(w[N, K]).T (+ bias) (+ residual)`."""
 
     in_features: int
     out_features: int

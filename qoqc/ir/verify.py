@@ -37,7 +37,7 @@ def check(gm: GraphModule, writes_before: Counter[str]) -> None:
 
 
 def linear_reads_quantized(node: Node) -> str | None:
-    """The three activation inputs of a w4a8_linear are the outputs of one quantize_act, in order."""
+    """The activation inputs of a w4a8_linear are the three outputs of one quantize_act."""
     if node.target is not ops.w4a8_linear:
         return None
     for position, part in enumerate(node.args[:3]):

@@ -26,5 +26,5 @@ def device_key(device: torch.device) -> DeviceKey:
         props.name,
         props.major * 10 + props.minor,
         props.multi_processor_count,
-        props.shared_memory_per_block_optin,
+        int(getattr(props, "shared_memory_per_block_optin")),  # noqa: B009 (not in torch's stubs)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
@@ -15,8 +15,9 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import Graph, GraphModule, Node
 
-_NAME_PART = re.compile(r"\['([^']+)'\]")
-_CONTAINERS = frozenset({"_modules", "_parameters", "_buffers", "self"})
+_NAME_PART = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
+_CONTAINERS = frozenset({"_modules", "_parameters", "_buffers"})
+_ROOTS = frozenset({"self", "kwargs"})
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:
@@ -24,13 +25,15 @@ def copy_graph(gm: GraphModule) -> GraphModule:
 
     copy.deepcopy would lose the sources by which AOTAutograd tells static inputs.
     """
-    graph, mapping = Graph(), {}
-    output_args, output = graph.graph_copy(gm.graph, mapping, return_output_node=True)  # type: ignore[misc]
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    copied: Any = graph.graph_copy(gm.graph, mapping, return_output_node=True)
+    output_args, output = copied
     graph.output(output_args).meta = dict(output.meta)
     for old, new in mapping.items():
         new.meta = dict(old.meta)
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     copy = GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
     for name in ("_param_name_to_source", "_backend_id"):
@@ -40,12 +43,16 @@ def copy_graph(gm: GraphModule) -> GraphModule:
 
 
 def qualified_name(placeholder: Node) -> str:
-    """The module path of a lifted parameter or buffer, `model.layers.0.mlp.up_proj.weight`."""
+    """The path of a lifted tensor, `model.layers.0.mlp.up_proj.weight`, `cache.layers.0.length`."""
     source = getattr(placeholder, "_dynamo_source", None)
     name = source.name if source is not None else ""
     if callable(name):  # a method in some releases, a property in others
         name = name()
-    parts = [part for part in _NAME_PART.findall(str(name)) if part not in _CONTAINERS]
+    found = ["".join(groups) for groups in _NAME_PART.findall(str(name))]
+    parts = [part for part in found if part not in _CONTAINERS]
+    # only in front: "self" is also a module's name (roberta: attention.self.query)
+    if parts and parts[0] in _ROOTS:
+        parts = parts[1:]
     return ".".join(parts) or placeholder.name
 
 
@@ -58,7 +65,7 @@ def add_static_input(graph: Graph, name: str, tensor: torch.Tensor) -> Node:
         "tensor_dict": {"_dynamo_static_input_type": "unguarded"},
         "example_value": tensor,
     }
-    node._dynamo_source = ConstantSource(f"qoqc_{node.name}")  # type: ignore[attr-defined]
+    node._dynamo_source = ConstantSource(f"qoqc_{node.name}")
     return node
 
 
@@ -75,8 +82,8 @@ def compile_with_inductor(
 ) -> Callable[..., Any]:
     """Hand the rewritten graph to Inductor; qoqc ops stay opaque calls."""
     patches = list_mode_options(mode) if mode else None
-    compiled: Callable[..., Any] = compile_fx(gm, list(examples), config_patches=patches)
-    return compiled
+    compiled: Any = compile_fx(gm, list(examples), config_patches=patches)
+    return cast("Callable[..., Any]", compiled)
 
 
 def warn_on_uncompiled_generate(is_ours: Callable[[Any], bool], message: str) -> None:
@@ -96,7 +103,7 @@ def warn_on_uncompiled_generate(is_ours: Callable[[Any], bool], message: str) ->
 
 
 def _innermost_backend(module: OptimizedModule) -> Any:
-    callback = getattr(module.dynamo_ctx, "callback", None)
+    callback: Any = getattr(module.dynamo_ctx, "callback", None)
     while hasattr(callback, "_torchdynamo_orig_backend"):
         callback = callback._torchdynamo_orig_backend
     return getattr(callback, "compiler_fn", callback)
