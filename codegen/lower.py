@@ -27,8 +27,6 @@ def lower(
     if device.type == "cuda":
         dispatch.install(options.tune)
         return 0
-    # answered by a trial product, so before anything is traced
-    reference.int8_gemm_is_usable()
     return _inline_quantize(gm) + _expand_weights(gm, bound)
 
 
@@ -54,6 +52,7 @@ def _expand_weights(gm: GraphModule, bound: dict[Node, torch.Tensor]) -> int:
             expanded[id(bundle)] = weight
         xq, token_scale, _, qweight, channel_scale, word, zero, bias, residual, dtype = node.args
         node.args = (xq, token_scale, expanded[id(bundle)], channel_scale, bias, residual, dtype)
+        node.kwargs = {"matmul": ops.int8_matmul}
         node.target = reference.int8_linear
         for dead in (qweight, word, zero):
             if isinstance(dead, Node) and not dead.users:

@@ -75,7 +75,7 @@ def _weight(gm: GraphModule, ctx: Context, product: Node, right: Any) -> Node | 
     param = ctx.parameter(original)
     if param is None or param.dim() != 2:
         return None
-    if original is not right:
+    if isinstance(original, Node) and original is not right:
         return original
     with gm.graph.inserting_before(product):
         transposed = gm.graph.call_method("t", (right,))

@@ -11,7 +11,11 @@ from torch.fx import GraphModule
 from qoqc.artifact import adopt_weights
 from qoqc.config import Options
 from qoqc.pipeline import compile_graph
-from qoqc.runtime.dynamo import warn_on_uncompiled_generate
+from qoqc.runtime.dynamo import allow_graphs, warn_on_uncompiled_generate
+
+MAX_GRAPHS = 64
+"""Kinds of cache, batch 1 and more, fixed and any length each take two; torch's limit is 8, and
+beyond it Dynamo runs the model uncompiled, whose released weights are NaN."""
 
 
 def qoq(
@@ -23,13 +27,14 @@ def qoq(
 ) -> Callable[..., Any]:
     """`torch.compile(model, backend="qoq", options={...})`; options as in qoqc.config.Options.
 
-    `mode` goes to Inductor ("reduce-overhead" turns CUDA graphs on); torch takes only one of
-    `mode` and `options`. Raises OptionError, Unsupported or ArtifactError, which Dynamo wraps.
+    torch's own `mode` argument is taken too; it excludes `options`, which have a `mode` for that.
+    Raises OptionError, Unsupported or ArtifactError, which Dynamo wraps.
     """
-    parsed = Options.parse(options)
+    allow_graphs(MAX_GRAPHS)
+    parsed = Options.parse({**(options or {}), **({} if mode is None else {"mode": mode})})
     if parsed.artifact is not None:
-        adopt_weights(parsed.artifact, gm, example_inputs)
-    return compile_graph(gm, example_inputs, parsed, mode)
+        adopt_weights(parsed.artifact, gm, example_inputs, parsed.group_size)
+    return compile_graph(gm, example_inputs, parsed)
 
 
 def _is_qoq(backend: Any) -> bool:

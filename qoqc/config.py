@@ -32,6 +32,8 @@ class Options:
     exclude       fnmatch patterns of module names whose linears stay in 16 bit.
     strict        a linear or attention left in 16 bit is an error, not a line of the report.
     tune          tile choice of the generated kernels: "heuristic", or "search" on the device.
+    mode          Inductor's mode; "reduce-overhead" turns CUDA graphs on. An option, because torch
+                  takes its own `mode` argument only where there are no options.
     glue          who compiles what is left of the graph: "inductor", or "eager" (debugging).
     release       drop the 16-bit storage of the packed weights after packing.
     artifact      directory of a compiled model whose packed weights are used instead of packing.
@@ -44,6 +46,9 @@ class Options:
     exclude: tuple[str, ...] = ()
     strict: bool = False
     tune: Literal["heuristic", "search"] = "heuristic"
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
+        "default"
+    )
     glue: Literal["inductor", "eager"] = "inductor"
     release: bool = False
     artifact: str | None = None

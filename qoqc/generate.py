@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import types
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers.cache_utils import DynamicCache
 
 from qoqc.config import Options
-from qoqc.errors import Unsupported
+from qoqc.errors import ArtifactError, Unsupported
 from qoqc.ir.spec import KVSpec
 from qoqc.runtime.kv_cache import KV4Cache
+from qoqc.runtime.weights import STORE
+from qoqc.skeleton import load_model
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -20,7 +24,7 @@ MIN_CACHE = 256
 of similar length share a compiled graph."""
 
 
-def compile(model: Model, *, mode: str | None = None, **options: Any) -> Model:
+def compile(model: Model, **options: Any) -> Model:
     """Compile a Hugging Face decoder in place with the backend "qoq" and give it a KV4 cache.
 
     options are those of qoqc.config.Options. Raises OptionError for bad options and Unsupported
@@ -28,18 +32,37 @@ def compile(model: Model, *, mode: str | None = None, **options: Any) -> Model:
     """
     parsed = Options.parse(options)
     require_decoder(model)
-    kwargs: dict[str, Any] = {"options": options} if options else {}
-    if mode is not None:
-        if options:
-            raise Unsupported("torch takes either mode or options for a backend, not both")
-        kwargs = {"mode": mode}
     model.requires_grad_(False)
-    model.compile(backend="qoq", **kwargs)
+    for module in model.modules():  # a graph break may hide the table from the head's graph
+        if isinstance(module, torch.nn.Embedding):
+            STORE.note_table(module.weight)
+    model.compile(backend="qoq", options=options or None)
+    attributes: Any = model
+    attributes.qoqc_options = parsed  # what qoqc.save records
     if parsed.kv_bits != 16:
         provider = _CacheProvider(model, parsed)
         # transformers has no registry for caches: this method is where generate() makes one
-        model._prepare_cache_for_generation = types.MethodType(provider.prepare, model)
+        attributes._prepare_cache_for_generation = types.MethodType(provider.prepare, model)
     return model
+
+
+def load(
+    directory: str | os.PathLike[str], device: str | torch.device = "cpu", **options: Any
+) -> Any:
+    """The model of an artifact, compiled; `options` replace those it was made with.
+
+    Raises ArtifactError if the artifact is missing, damaged, of another format version, or packed
+    with another group_size; OptionError for bad options.
+    """
+    given = Options.parse(options)
+    model, made_with = load_model(directory, device)
+    if "group_size" in options and given.group_size != made_with.group_size:
+        raise ArtifactError(
+            f"{directory} was packed with group_size={made_with.group_size}, asked for is "
+            f"{given.group_size}; compile the model again"
+        )
+    chosen = dataclasses.replace(made_with, **{name: getattr(given, name) for name in options})
+    return compile(model, **dataclasses.asdict(chosen))
 
 
 def require_decoder(model: torch.nn.Module) -> None:
@@ -58,7 +81,7 @@ def require_decoder(model: torch.nn.Module) -> None:
 class _CacheProvider:
     """Hands generate() a KV4Cache, the same one again while batch and length fit."""
 
-    def __init__(self, model: torch.nn.Module, options: Options) -> None:
+    def __init__(self, model: Any, options: Options) -> None:
         self._options = options
         self._default = model._prepare_cache_for_generation
         self._specs: list[KVSpec] | None = None
@@ -96,8 +119,15 @@ class _CacheProvider:
             if self._specs is None:
                 self._specs = probe_kv(model)
             capacity = max(MIN_CACHE, 1 << (length - 1).bit_length())
-            bits = 8 if self._options.kv_bits == 8 else 4
-            self._cache = KV4Cache(model.config, capacity, bits, self._options.prefill_kv)
+            bits: Literal[4, 8] = 8 if self._options.kv_bits == 8 else 4
+            self._cache = KV4Cache(
+                model.config,
+                capacity,
+                bits,
+                self._options.prefill_kv,
+                # it makes its own masks for generate(), maybe of the cache's full length
+                whole_prefill=hasattr(model, "create_masks_for_generate"),
+            )
             self._cache.allocate(batch, self._specs, model.device)
             self._batch = batch
         self._cache.reset()
@@ -107,7 +137,7 @@ class _CacheProvider:
 def probe_kv(model: Any) -> list[KVSpec]:
     """Each layer's KV head count and head sizes, read off one eager step on a 16-bit cache.
 
-    Asking the cache works for every attention (MLA, per-layer sizes); configs do not agree on names.
+    Asking the cache works for every attention (MLA, per-layer sizes); config names differ.
     Raises Unsupported when a layer keeps no keys and values (linear attention, state space).
     """
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))

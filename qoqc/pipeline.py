@@ -20,7 +20,8 @@ from qoqc.log import dump, get_logger
 from qoqc.passes import manager
 from qoqc.passes.context import Context, Refusal
 from qoqc.runtime.dynamo import compile_with_inductor, copy_graph, fake_input
-from qoqc.runtime.executable import Executable
+from qoqc.runtime.executable import Executable, Slot
+from qoqc.runtime.weights import Bundle
 
 log: logging.Logger = get_logger("pipeline")
 _graph_numbers = itertools.count()
@@ -48,7 +49,7 @@ reports: deque[Report] = deque(maxlen=256)
 
 
 def compile_graph(
-    gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None = None
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> Callable[..., Any]:
     """Compile a graph captured by Dynamo into a callable with the same arguments and results.
 
@@ -61,9 +62,9 @@ def compile_graph(
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     ctx = Context.of(placeholders, example_inputs, options)
     manager.run(gm, ctx, name)
-    lower(gm, ctx.bound, _device(example_inputs))
+    lower(gm, ctx.bound, _device(example_inputs), options)
     _require_unreleased(ctx, gm)
-    executable = _bind(gm, ctx, mode)
+    executable = _bind(gm, ctx)
     if options.release:
         for bundle, nodes in ctx.bundles:
             ctx.store.release(bundle, [ctx.values[node] for node in nodes])
@@ -75,7 +76,7 @@ def compile_graph(
     return executable
 
 
-def _bind(gm: GraphModule, ctx: Context, mode: str | None) -> Executable:
+def _bind(gm: GraphModule, ctx: Context) -> Executable:
     """Compile what is left and remember which arguments it takes from whom."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     kept = [node for node in placeholders if node not in ctx.bound]
@@ -87,15 +88,21 @@ def _bind(gm: GraphModule, ctx: Context, mode: str | None) -> Executable:
     else:
         examples = [ctx.values[n] for n in kept] + [fake_input(ctx.bound[n]) for n in bound]
         with torch.no_grad():
-            run = compile_with_inductor(gm, examples, mode)
-    watched = [
-        (ctx.index[node], bundle, place)
+            run = compile_with_inductor(gm, examples, ctx.options.mode)
+    tensors = [ctx.bound[n] for n in bound]
+    slots = [
+        Slot(bundle, tuple(ctx.index[n] for n in nodes), _fields(bundle, tensors))
         for bundle, nodes in ctx.bundles
-        for place, node in enumerate(nodes)
     ]
-    return Executable(
-        run, [ctx.index[n] for n in kept], [ctx.bound[n] for n in bound], watched, ctx.store
-    )
+    assert sum(len(slot.fields) for slot in slots) == len(bound), "each belongs to one bundle"
+    positions = [ctx.index[n] for n in kept]
+    return Executable(run, positions, tensors, slots, ctx.store, release=ctx.options.release)
+
+
+def _fields(bundle: Bundle, tensors: Sequence[torch.Tensor]) -> dict[int, str]:
+    """Which of the bound tensors are the bundle's, and under which name."""
+    names = {id(tensor): name for name, tensor in bundle.tensors().items()}
+    return {i: names[id(tensor)] for i, tensor in enumerate(tensors) if id(tensor) in names}
 
 
 def _device(example_inputs: Sequence[Any]) -> torch.device:

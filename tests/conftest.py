@@ -16,7 +16,9 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="rewrite tests/codegen/golden")
-    parser.addoption("--model-dir", help="checkpoint for end-to-end tests instead of the bundled one")
+    parser.addoption(
+        "--model-dir", help="checkpoint for end-to-end tests instead of the bundled one"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

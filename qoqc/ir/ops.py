@@ -28,6 +28,8 @@ SCHEMAS = {
         "Tensor? group_word, Tensor? channel_zero, Tensor? bias, Tensor? residual, "
         "ScalarType dtype) -> Tensor"
     ),
+    # xq int8 [M, K], w8 int8 [N, K] -> int32 [M, N]: the GEMM of CPUs, weights expanded beforehand
+    "int8_matmul": "(Tensor xq, Tensor w8) -> Tensor",
     # k [B, H, S, Dk], v [B, H, S, Dv] into the pages from position start[b] on
     "kv4_append": (
         "(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!) kv_words, Tensor block_table, "
@@ -53,6 +55,7 @@ for _name, _schema in SCHEMAS.items():
 
 quantize_act = torch.ops.qoqc.quantize_act.default
 w4a8_linear = torch.ops.qoqc.w4a8_linear.default
+int8_matmul = torch.ops.qoqc.int8_matmul.default
 kv4_append = torch.ops.qoqc.kv4_append.default
 kv4_dequant = torch.ops.qoqc.kv4_dequant.default
 kv4_attention = torch.ops.qoqc.kv4_attention.default
@@ -132,6 +135,16 @@ def _w4a8_linear_fake(
     dtype: torch.dtype,
 ) -> Tensor:
     return xq.new_empty((*xq.shape[:-1], channel_scale.shape[0]), dtype=dtype)
+
+
+@torch.library.impl("qoqc::int8_matmul", "default")
+def _int8_matmul_impl(xq: Tensor, w8: Tensor) -> Tensor:
+    return reference.integer_matmul(xq, w8)
+
+
+@_fake("int8_matmul")
+def _int8_matmul_fake(xq: Tensor, w8: Tensor) -> Tensor:
+    return xq.new_empty((xq.shape[0], w8.shape[0]), dtype=torch.int32)
 
 
 @torch.library.impl("qoqc::kv4_append", "default")

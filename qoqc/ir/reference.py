@@ -7,6 +7,7 @@ path a CPU machine runs.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +34,12 @@ def integer_matmul(xq: torch.Tensor, w8: torch.Tensor) -> torch.Tensor:
     if 0 in xq.shape or 0 in w8.shape:
         return torch.zeros(xq.shape[0], w8.shape[0], dtype=torch.int32, device=xq.device)
     if xq.device.type == "cpu":
-        # torch's int8 GEMM is wrong where the inner size is 1
-        usable = xq.shape[1] > 1 and int8_gemm_is_usable()
-        return torch._int_mm(xq, w8.t()) if usable else chunked_matmul(xq, w8)
+        # torch's int8 GEMM is wrong where the inner size is 1 ...
+        if xq.shape[1] == 1 or not int8_gemm_is_usable():
+            return chunked_matmul(xq, w8)
+        # ... and for a single row with a stride below its length, which torch calls contiguous
+        rows = xq.contiguous().as_strided(xq.shape, (xq.shape[1], 1))
+        return torch._int_mm(rows, w8.t())
     # every product and sum stays below 2**53, so fp64 is exact on devices without an int8 GEMM
     return (xq.double() @ w8.double().t()).int()
 
@@ -72,13 +76,15 @@ def int8_linear(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     dtype: torch.dtype,
+    matmul: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = integer_matmul,
 ) -> torch.Tensor:
     """Integer GEMM and epilogue: xq int8 [..., K], w8 int8 [N, K] -> dtype [..., N].
 
     The epilogue is fp32, in this order: `acc * channel_scale * token_scale + bias + residual`.
+    `matmul` is given where this function is traced: the op with integer_matmul behind it.
     """
     flat = xq.reshape(token_scale.numel(), xq.shape[-1])
-    y = integer_matmul(flat, w8).float()
+    y = matmul(flat, w8).float()
     y.mul_(channel_scale).mul_(token_scale.reshape(-1, 1))
     if bias is not None:
         y.add_(bias.float())

@@ -78,12 +78,17 @@ def fake_input(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def compile_with_inductor(
-    gm: GraphModule, examples: Sequence[Any], mode: str | None
+    gm: GraphModule, examples: Sequence[Any], mode: str
 ) -> Callable[..., Any]:
     """Hand the rewritten graph to Inductor; qoqc ops stay opaque calls."""
-    patches = list_mode_options(mode) if mode else None
+    patches = list_mode_options(mode)
     compiled: Any = compile_fx(gm, list(examples), config_patches=patches)
     return cast("Callable[..., Any]", compiled)
+
+
+def allow_graphs(count: int) -> None:
+    """Let Dynamo keep `count` graphs per function: beyond its limit it runs the code uncompiled."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
 
 
 def warn_on_uncompiled_generate(is_ours: Callable[[Any], bool], message: str) -> None:

@@ -29,9 +29,14 @@ class KV4Layer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, max_cache_len: int, bits: Literal[4, 8], prefill_kv: Literal["exact", "quantized"]
+        self,
+        max_cache_len: int,
+        bits: Literal[4, 8],
+        prefill_kv: Literal["exact", "quantized"],
+        whole_prefill: bool = False,
     ) -> None:
         super().__init__()
+        self.whole_prefill = whole_prefill
         self.pages_per_sequence = -(-max_cache_len // PAGE)
         self.max_cache_len = self.pages_per_sequence * PAGE
         self.bits = bits
@@ -39,9 +44,7 @@ class KV4Layer(CacheLayerMixin):
         # a Python flag, so that Dynamo makes one graph for the first prefill and one for the rest
         self.empty = True
 
-    def lazy_initialization(
-        self, key_states: torch.Tensor, value_states: torch.Tensor
-    ) -> None:
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for keys [B, H, S, Dk] and values [B, H, S, Dv]; only shapes are read."""
         batch, heads, _, k_dim = key_states.shape
         self.allocate(batch, KVSpec(heads, k_dim, value_states.shape[-1]), key_states.device)
@@ -63,7 +66,13 @@ class KV4Layer(CacheLayerMixin):
         # transformers looks at these two names for "is there a cache", never at their values
         self.keys, self.values = self.k_pages, self.v_pages
         if not torch.compiler.is_compiling():
-            for tensor in (self.k_pages, self.v_pages, self.kv_words, self.length):
+            for tensor in (
+                self.k_pages,
+                self.v_pages,
+                self.kv_words,
+                self.block_table,
+                self.length,
+            ):
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
@@ -81,20 +90,22 @@ class KV4Layer(CacheLayerMixin):
         pages = (self.k_pages, self.v_pages, self.kv_words, self.block_table)
         ops.kv4_append(*pages, self.length, key_states, value_states, self.bits)
         self.length.add_(key_states.shape[2])
-        exact = self.prefill_kv == "exact"
-        if self.empty:
-            self.empty = False
+        exact, first = self.prefill_kv == "exact", self.empty
+        self.empty = False
+        if first and not self.whole_prefill:
             if exact:
                 return key_states, value_states
             return ops.kv4_round(key_states, self.bits), ops.kv4_round(value_states, self.bits)
         # a single new token takes part with its quantized value, so that a later re-read agrees
-        chunk = (key_states, value_states) if exact and key_states.shape[2] > 1 else (None, None)
+        with_chunk = exact and (first or key_states.shape[2] > 1)
+        chunk = (key_states, value_states) if with_chunk else (None, None)
         k, v = ops.kv4_dequant(*pages, self.length, *chunk, self.bits, key_states.dtype)
         return k, v
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the keys the mask must cover."""
-        return (query_length, 0) if self.empty else (self.max_cache_len, 0)
+        only_new = self.empty and not self.whole_prefill
+        return (query_length, 0) if only_new else (self.max_cache_len, 0)
 
     def get_seq_length(self) -> Any:
         """Tokens stored: 0 before the first update, then a 0-d tensor on the cache's device."""
@@ -130,6 +141,8 @@ class KV4Cache(Cache):
     max_cache_len  tokens per sequence, rounded up to whole pages of 64
     bits           4 or 8, or one of them per layer
     prefill_kv     what the tokens of a prefill chunk attend to among themselves, see Options
+    whole_prefill  give the first chunk back in the full length of the cache, as later ones: for
+                   models that make their own masks of that length (BLOOM)
     """
 
     def __init__(
@@ -138,6 +151,7 @@ class KV4Cache(Cache):
         max_cache_len: int,
         bits: Literal[4, 8] | Sequence[Literal[4, 8]] = 4,
         prefill_kv: Literal["exact", "quantized"] = "exact",
+        whole_prefill: bool = False,
     ) -> None:
         count = config.get_text_config(decoder=True).num_hidden_layers
         per_layer = [bits] * count if isinstance(bits, int) else list(bits)
@@ -145,7 +159,9 @@ class KV4Cache(Cache):
             raise ValueError(f"bits={bits!r}: expected 4 or 8, or one of them for {count} layers")
         if max_cache_len < 1:
             raise ValueError(f"max_cache_len={max_cache_len}: expected at least 1 token")
-        super().__init__(layers=[KV4Layer(max_cache_len, b, prefill_kv) for b in per_layer])
+        super().__init__(
+            layers=[KV4Layer(max_cache_len, b, prefill_kv, whole_prefill) for b in per_layer]
+        )
 
     def allocate(self, batch: int, specs: Sequence[KVSpec], device: torch.device) -> None:
         """Allocate every layer now, outside any compiled region (CUDA graphs need that)."""

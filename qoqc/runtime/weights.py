@@ -37,17 +37,24 @@ class WeightRef:
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """What changes when a Parameter is replaced, written in place, or given other storage."""
+    """What changes when a Parameter is written in place or given other storage.
 
-    identity: int
+    Two writes leave no trace in torch and are not noticed: in place through `.data`
+    (`p.data.mul_(2)`), and in place to a Parameter made under inference_mode.
+    """
+
     version: int
     address: int
 
 
 def fingerprint(param: torch.Tensor) -> Fingerprint:
     """The fingerprint of a Parameter as it is now."""
-    version = 0 if param.is_inference() else param._version
-    return Fingerprint(id(param), version, param.data_ptr())
+    return Fingerprint(version(param), param.data_ptr())
+
+
+def version(param: torch.Tensor) -> int:
+    """How often torch saw the tensor written; 0 for inference tensors, which do not count."""
+    return 0 if param.is_inference() else param._version
 
 
 class Bundle:
@@ -68,6 +75,11 @@ class Bundle:
         if self._int8 is None:
             self._int8 = expand_int8(self.packed).contiguous()
         return self._int8
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a graph may be bound to, by field name: the packed tensors, and "int8" if made."""
+        expanded = {} if self._int8 is None else {"int8": self._int8}
+        return {**self.packed.tensors(), **expanded}
 
     def overwrite(self, packed: PackedWeight) -> None:
         """Take the values of another packed weight of the same shape, keeping all addresses."""
@@ -92,10 +104,11 @@ class WeightStore:
 
     def __init__(self) -> None:
         self._rows = WeakTensorKeyDictionary()
+        self._tables = WeakTensorKeyDictionary()
         self._tombstones: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
 
     def bundle(self, refs: Sequence[WeightRef], group_size: GroupSize) -> Bundle:
-        """The bundle of these weights, in this order; packs what is not packed yet.
+        """The bundle of these weights, in this order; packs what is new or changed since.
 
         Raises StaleWeights if a packed weight was changed after its 16-bit release.
         """
@@ -123,29 +136,26 @@ class WeightStore:
         entry: dict[GroupSize, _Rows] = self._rows.get(param, {})
         return list(entry.values())[-1].packed() if entry else None
 
-    def refresh(self, bundle: Bundle, position: int, param: Parameter) -> None:
-        """Bring the rows of one Parameter up to date if it changed since it was packed.
+    def note_table(self, param: torch.Tensor) -> None:
+        """Remember an embedding table: after a graph break the output head is in another graph."""
+        self._tables[param] = True
 
-        Raises StaleWeights when the new values went into released storage and are lost.
-        """
-        now = fingerprint(param)
-        if now == bundle.fingerprints[position]:
-            return
-        ref = WeightRef(param, bundle.transposed[position], bundle.names[position])
-        start, stop = bundle.starts[position], bundle.starts[position + 1]
-        fresh = self._quantize(ref, bundle.packed.group_size)
-        whole = bundle.packed
-        parts = [rows(whole, 0, start), fresh, rows(whole, stop, whole.out_features)]
-        bundle.overwrite(concat_rows([part for part in parts if part.out_features]))
-        bundle.fingerprints[position] = now
-        self._entry(param)[whole.group_size] = _Rows(bundle, position)
+    def tables(self) -> list[torch.Tensor]:
+        """The embedding tables noted so far that are still alive."""
+        return list(self._tables.keys())
 
     def release(self, bundle: Bundle, params: Sequence[Parameter]) -> None:
         """Drop the 16-bit storage of the bundle's Parameters: they read as NaN from now on."""
         for position, param in enumerate(params):
-            if not self.is_released(param):
-                param.data = self._tombstone(param)
-                bundle.fingerprints[position] = fingerprint(param)
+            if self.is_released(param):
+                continue
+            before = fingerprint(param)
+            param.data = self._tombstone(param)
+            bundle.fingerprints[position] = fingerprint(param)
+            # other formats and groupings of the same values stay good too
+            for other in self._entry(param).values():
+                if other.bundle.fingerprints[other.position] == before:
+                    other.bundle.fingerprints[other.position] = fingerprint(param)
 
     def is_released(self, param: torch.Tensor) -> bool:
         """True if the Parameter's storage is the shared NaN buffer."""
@@ -157,8 +167,20 @@ class WeightStore:
         entry: dict[GroupSize, _Rows] = self._rows.get(ref.param, {})
         found = entry.get(group_size)
         if found is not None:
-            self.refresh(found.bundle, found.position, ref.param)
+            self._refresh(found.bundle, found.position, ref)
         return found
+
+    def _refresh(self, bundle: Bundle, position: int, ref: WeightRef) -> None:
+        """Bring the rows of one Parameter up to date, in place, if it changed since packing."""
+        now = fingerprint(ref.param)
+        if now == bundle.fingerprints[position]:
+            return
+        start, stop = bundle.starts[position], bundle.starts[position + 1]
+        fresh = self._quantize(ref, bundle.packed.group_size)
+        whole = bundle.packed
+        parts = [rows(whole, 0, start), fresh, rows(whole, stop, whole.out_features)]
+        bundle.overwrite(concat_rows([part for part in parts if part.out_features]))
+        bundle.fingerprints[position] = now
 
     def _quantize(self, ref: WeightRef, group_size: GroupSize) -> PackedWeight:
         if self.is_released(ref.param):

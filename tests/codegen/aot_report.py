@@ -69,8 +69,8 @@ def attention_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
         # sm_80 and sm_89 hold the mask in 160 to 340 bytes of local memory: less harm than
         # the smaller tiles that would avoid it
         yield "attention_prefill", full, 1024
-        for dims, heads, bits in (((192, 128), 8, 4), ((64, 64), 32, 4), ((128, 128), 32, 8)):
-            kv = KVSpec(8, *dims, bits)
+        shapes = ((KVSpec(8, 192, 128), 8), (KVSpec(8, 64, 64), 32), (KVSpec(8, 128, 128, 8), 32))
+        for kv, heads in shapes:
             yield "kv_append", kv, 512
             spec = AttentionSpec(heads, kv, torch.float16, has_mask=True, has_chunk=True)
             yield "attention_decode", spec, 1

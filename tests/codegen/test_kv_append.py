@@ -14,7 +14,7 @@ from qoqc.quant.kv import empty_pages, split_words
 from qoqc.runtime.device import device_key
 
 Bits = Literal[4, 8]
-Pages = tuple[torch.Tensor, ...]
+Pages = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def vectors(batch: int, heads: int, seq: int, dim: int, seed: int) -> torch.Tensor:
@@ -29,7 +29,14 @@ def used_pages(spec: KVSpec, count: int) -> Pages:
     """Pages full of what an earlier owner left."""
     generator = torch.Generator().manual_seed(count)
     pages = empty_pages(count, spec.kv_heads, spec.k_dim, spec.v_dim, spec.bits, "cpu")
-    return tuple(torch.randint(0, 256, p.shape, generator=generator).to(p.dtype) for p in pages)
+    for p in pages:
+        p.copy_(torch.randint(0, 256, p.shape, generator=generator))
+    return pages
+
+
+def copy(pages: Pages, device: torch.device) -> Pages:
+    k_pages, v_pages, words = (p.to(device, copy=True) for p in pages)
+    return k_pages, v_pages, words
 
 
 def append(
@@ -42,10 +49,10 @@ def append(
     device: torch.device,
 ) -> Pages:
     """The pages after the kernel ran on copies of them."""
-    copies = tuple(p.to(device, copy=True) for p in pages)
-    moved = (x.to(device) for x in (table, torch.tensor(start), k, v))
-    dispatch.kv4_append(*copies, *moved, bits)
-    return tuple(p.cpu() for p in copies)
+    copies = copy(pages, device)
+    starts = torch.tensor(start, device=device)
+    dispatch.kv4_append(*copies, table.to(device), starts, k.to(device), v.to(device), bits)
+    return copy(copies, torch.device("cpu"))
 
 
 def assert_same(got: Pages, want: Pages) -> None:
@@ -71,7 +78,7 @@ def check(
     pages = used_pages(spec, batch * per_sequence + 2)
     table = torch.randperm(batch * per_sequence + 2)[: batch * per_sequence]
     table = table.view(batch, per_sequence).int()
-    want = tuple(p.clone() for p in pages)
+    want = copy(pages, pages[0].device)
     reference.kv_append(*want, table, torch.tensor(start), k, v, spec.bits)
     assert_same(append(pages, table, start, k, v, spec.bits, device), want)
 
@@ -127,7 +134,7 @@ def test_nothing_is_written_past_the_table(seq: int, device: torch.device) -> No
     pages = used_pages(spec, 4)
     table = torch.tensor([[2, 0]], dtype=torch.int32)
     k, v = vectors(1, 1, seq, 16, 0), vectors(1, 1, seq, 16, 1)
-    want = tuple(p.clone() for p in pages)
+    want = copy(pages, pages[0].device)
     fits = min(seq, 2)
     reference.kv_append(
         *want, table, torch.tensor([start]), k[:, :, :fits], v[:, :, :fits], spec.bits
@@ -159,13 +166,13 @@ def test_token_by_token_is_the_same_as_at_once(device: torch.device) -> None:
 @pytest.mark.parametrize("seq", [1, 3])
 def test_every_candidate_gives_the_same_bits(seq: int, device: torch.device) -> None:
     spec = KVSpec(1, 16, 16)
-    pages = tuple(p.to(device) for p in used_pages(spec, 2))
+    pages = copy(used_pages(spec, 2), device)
     table = torch.tensor([[1, 0]], dtype=torch.int32, device=device)
     start = torch.tensor([62], device=device)
     k, v = (vectors(1, 1, seq, 16, seed).to(device) for seed in (0, 1))
     results = []
     for tile in candidates(spec, seq, device_key(device)):
-        copies = tuple(p.clone() for p in pages)
+        copies = copy(pages, pages[0].device)
         launch(build(KV_APPEND, spec, tile), *copies, table, start, k, v)
         results.append(copies)
     assert len(results) > 2

@@ -43,6 +43,11 @@ def linear_args(
     )  # fmt: skip
 
 
+def int8_args(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    xq, _, _ = quantize_act(randn(rows, 200, seed=1))
+    return xq, expand_int8(quantize_weight(randn(70, 200), 128))
+
+
 def pages(bits: int) -> tuple[torch.Tensor, ...]:
     """Filled pages of 2 sequences, 2 heads, and their block table."""
     k_pages, v_pages, words = empty_pages(5, 2, 8, 6, bits, "cpu")
@@ -78,6 +83,8 @@ def attention_args(
 
 
 CASES: dict[str, Callable[[], Case]] = {
+    "int8_matmul": lambda: (ops.int8_matmul, int8_args(5)),
+    "int8_matmul one row": lambda: (ops.int8_matmul, int8_args(1)),
     "quantize_act fp32": lambda: (ops.quantize_act, (randn(2, 3, 64),)),
     "quantize_act bf16": lambda: (ops.quantize_act, (randn(5, 64).to(BF16),)),
     "quantize_act strided": lambda: (ops.quantize_act, (strided(randn(2, 3, 64).to(FP16)),)),
@@ -280,3 +287,12 @@ def test_a_linear_of_both_formats_is_refused() -> None:
     args[6] = torch.zeros(70, dtype=torch.int32)
     with pytest.raises(ValueError, match="one"):
         ops.w4a8_linear(*args)
+
+
+@pytest.mark.parametrize("strides", [(200, 1), (0, 1), (1, 1), (7, 1)])
+def test_a_single_row_of_any_stride_is_multiplied_right(strides: tuple[int, int]) -> None:
+    """Inductor hands over single rows with stride 0, which torch's int8 GEMM gets wrong."""
+    xq, w8 = int8_args(1)
+    row = xq.as_strided((1, 200), strides)
+    want = (xq.long() @ w8.long().t()).int()
+    assert torch.equal(ops.int8_matmul(row, w8), want)

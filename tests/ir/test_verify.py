@@ -23,7 +23,8 @@ def good() -> GraphModule:
 
     def f(x: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
         counter.add_(1)
-        return second(first(x))
+        out: torch.Tensor = second(first(x))
+        return out
 
     gm, inputs = capture(f, torch.randn(2, 64), torch.zeros(1))
     linear(gm, context(gm, inputs))

@@ -218,7 +218,7 @@ def test_a_weight_that_is_not_finite_is_refused(group_size: Format, bad: float) 
 
 def test_an_unknown_group_size_is_refused() -> None:
     with pytest.raises(ValueError, match="group_size 64"):
-        quantize_weight(weight(2, 128), 64)  # type: ignore[arg-type]
+        quantize_weight(weight(2, 128), 64)
 
 
 @both_formats

@@ -1,0 +1,170 @@
+"""Artifacts: a compiled model as a directory that loads without the original weights.
+
+Beside what Hugging Face expects (config.json, tokenizer, model.safetensors): qoqc/manifest.json
+and qoqc/kernels/*.py. A packed weight is stored under its Parameter's name with the suffixes
+`.qweight`, `.channel_scale`, `.group_word` or `.channel_zero`; everything else under its own name.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.fx import GraphModule
+from torch.nn import Parameter
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from qoqc.config import Options
+from qoqc.errors import ArtifactError
+from qoqc.folder import checksum, files_below, publish, require_free
+from qoqc.kernel_sources import sources
+from qoqc.manifest import KERNELS, PATH, WEIGHTS, Manifest, WeightEntry, graph_entry, is_artifact
+from qoqc.packed_file import PackedFile
+from qoqc.runtime.dynamo import qualified_name
+from qoqc.runtime.weights import STORE, WeightRef
+from qoqc.survey import Progress, Survey, survey
+
+SAVED_OPTIONS = ("group_size", "kv_bits", "prefill_kv", "exclude", "strict")
+"""The options that shape what is packed and how it runs; the others belong to one process."""
+
+
+def save(
+    model: Any,
+    directory: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    options: Options | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Pack what is not packed yet and write the model as an artifact; returns its manifest.
+
+    options    default: those that qoqc.compile was called with, else Options()
+    overwrite  replace an artifact of that name (never another kind of directory)
+
+    Raises ArtifactError if the directory is taken, Unsupported for models the passes do not take.
+    """
+    target = Path(directory)
+    require_free(target, overwrite=overwrite, is_ours=is_artifact)
+    options = options or getattr(model, "qoqc_options", None) or Options()
+    found = survey(model, options, progress)
+    with publish(target, overwrite=overwrite, is_ours=is_artifact) as draft:
+        model.config.save_pretrained(draft)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(draft)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        manifest = _write_tensors(model, options, found, draft)
+        manifest.write(draft)
+    return manifest
+
+
+def _write_tensors(model: Any, options: Options, found: Survey, draft: Path) -> Manifest:
+    """Write the tensors and the kernels; returns the manifest of all that is in `draft`."""
+    refs = {id(ref.param): ref for ref in found.weights}
+    names: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    weights: dict[str, WeightEntry] = {}
+    plain: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    before = 0
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) in names:
+            aliases[name] = names[id(value)]
+            continue
+        names[id(value)] = name
+        before += value.numel() * value.element_size()
+        if id(value) in refs:
+            packed = STORE.packed(value)
+            assert packed is not None, "survey() packs every weight it names"
+            weights[name] = WeightEntry.of(packed, refs[id(value)].transposed, value.dtype)
+            tensors.update({f"{name}.{k}": t for k, t in packed.tensors().items()})
+        elif STORE.is_released(value):
+            raise ArtifactError(
+                f"{name} was released after packing, and the options given now leave it in "
+                "16 bit; load the model again and save it with these options"
+            )
+        else:
+            # a clone: views of one storage are written as tensors of their own
+            plain[name] = value.detach().clone(memory_format=torch.contiguous_format)
+    tensors.update(plain)
+    save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+    # safetensors makes it readable for the owner only, unlike the files beside it
+    (draft / WEIGHTS).chmod((draft / "config.json").stat().st_mode)
+    _write_kernels(found, model.device, draft)
+    chosen = {name: getattr(options, name) for name in SAVED_OPTIONS}
+    return Manifest(
+        architecture=type(model).__name__,
+        versions=_versions(),
+        options={k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()},
+        weights=weights,
+        tensors=list(plain),
+        aliases=aliases,
+        graphs=[graph_entry(report) for report in found.reports],
+        bytes_before=before,
+        bytes_after=sum(t.numel() * t.element_size() for t in tensors.values()),
+        files={name: checksum(path) for name, path in files_below(draft).items() if name != PATH},
+    )
+
+
+def _write_kernels(found: Survey, device: torch.device, draft: Path) -> None:
+    folder = draft / KERNELS
+    folder.mkdir(parents=True)
+    for name, text in sources(found.kernels, device).items():
+        (folder / name).write_text(text)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("qoqc", "transformers", "triton"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # triton exists for Linux only
+            found[package] = "not installed"
+    return found
+
+
+_ADOPTED: Any = WeakTensorKeyDictionary()
+"""Parameter -> directory its packed weight came from."""
+
+
+def adopt_weights(
+    directory: str | os.PathLike[str],
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    group_size: int | None = None,
+) -> int:
+    """Give the Parameters of a captured graph the packed weights of an artifact; returns how many.
+
+    For a model that was loaded with its 16-bit weights. Weights adopted before are left alone, so
+    later graphs of the model cost nothing.
+    Raises ArtifactError if a Parameter is not in the artifact, or has another shape there, or the
+    artifact was packed with another `group_size`.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    inputs = zip(placeholders, example_inputs, strict=True)
+    root = os.fspath(Path(directory).resolve())
+    waiting = [
+        (qualified_name(node), value)
+        for node, value in inputs
+        if isinstance(value, Parameter) and _ADOPTED.get(value) != root
+    ]
+    if not waiting:
+        return 0
+    with PackedFile(Path(directory), waiting[0][1].device) as file:
+        file.require_group_size(group_size)
+        count = 0
+        for name, param in waiting:
+            found = file.find(name, tuple(param.shape))
+            entry = file.manifest.weights.get(found)
+            if entry is not None:
+                STORE.adopt(WeightRef(param, entry.transposed, name), file.packed(found))
+                count += 1
+            _ADOPTED[param] = root
+    return count

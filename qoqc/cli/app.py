@@ -1,0 +1,140 @@
+"""The commands, their options, and what an error looks like: one line on stderr, exit code 2.
+
+Commands import what they need when they run: torch and transformers take seconds to import, and
+`qoqc --help` should not.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import qoqc
+from qoqc.errors import QoqcError
+
+app = typer.Typer(
+    name="qoqc",
+    help="W4A8KV4 for any Hugging Face decoder: pack, chat, inspect.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model directory or a name on the Hugging Face Hub")
+]
+AnyArgument = Annotated[
+    str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="A model, or what `qoqc compile` wrote")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto = cuda if there is one")]
+GroupSize = Annotated[int, typer.Option(help="Weights per group: 128, or -1 = per channel")]
+KvBits = Annotated[int, typer.Option(help="Bits of the KV cache: 4, 8 or 16")]
+Exclude = Annotated[
+    list[str], typer.Option(metavar="PATTERN", help="Linears left in 16 bit; may be repeated")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="A node left in 16 bit is an error")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bf16, fp16 or fp32")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version")] = False,
+) -> None:
+    """W4A8KV4 for any Hugging Face decoder: pack, chat, inspect."""
+    if version:
+        typer.echo(f"qoqc {qoqc.__version__}")
+    elif ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+@app.command("compile")
+def compile_command(
+    model: ModelArgument,
+    output: Annotated[str, typer.Option("--output", "-o", help="Directory to write")],
+    group_size: GroupSize = 128,
+    kv_bits: KvBits = 4,
+    exclude: Exclude = [],  # noqa: B006  typer copies it
+    strict: Strict = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact")] = False,
+) -> None:
+    """Pack MODEL to 4 bit and write an artifact that loads without the original weights."""
+    from qoqc.cli.compile import run  # noqa: PLC0415  slow to import, see above
+
+    raw = {"group_size": group_size, "kv_bits": kv_bits, "exclude": exclude, "strict": strict}
+    run(model, output, raw, device=device, dtype=dtype, force=force)
+
+
+@app.command("chat")
+def chat_command(
+    model: AnyArgument,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and exit")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 400,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 = greedy; default: the model's")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable")] = None,
+    device: Device = "auto",
+    glue: Annotated[str, typer.Option(help="inductor, or eager = no compile time")] = "inductor",
+) -> None:
+    """Talk to a model. /reset forgets the conversation, /exit (or Ctrl-D) leaves."""
+    from qoqc.cli.chat import Settings, run  # noqa: PLC0415  slow to import, see above
+
+    settings = Settings(max_new_tokens, temperature, seed)
+    run(model, prompt, settings, device=device, glue=glue)
+
+
+@app.command("inspect")
+def inspect_command(
+    model: AnyArgument,
+    group_size: GroupSize = 128,
+    kv_bits: KvBits = 4,
+    exclude: Exclude = [],  # noqa: B006  typer copies it
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """What qoqc makes of a model: counts by pass, what stays in 16 bit and why, sizes."""
+    from qoqc.cli.inspect import run  # noqa: PLC0415  slow to import, see above
+
+    raw = {"group_size": group_size, "kv_bits": kv_bits, "exclude": exclude}
+    run(model, raw, device=device, dtype=dtype)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (default: sys.argv) and return the exit code."""
+    argv = None if arguments is None else list(arguments)
+    try:
+        code = app(args=argv, prog_name="qoqc", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        # the reader went away (qoqc ... | head): nothing to say, and Python must not say it either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        line = message_of(error)
+        if line is None:
+            raise
+        print(f"qoqc: error: {line}", file=sys.stderr)
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+def message_of(error: BaseException) -> str | None:
+    """The line a user should read for `error`; None if it is a bug and needs its traceback."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, QoqcError):
+            return " ".join(str(link).split())
+        # Dynamo wraps what a backend raises
+        link = getattr(link, "inner_exception", None) or link.__cause__
+    if isinstance(error, OSError):
+        return " ".join(str(error).split())
+    # usage errors: newer typers carry a copy of click, so there is no one class to name
+    describe = getattr(error, "format_message", None)
+    return " ".join(describe().split()) if describe is not None else None

@@ -1,0 +1,92 @@
+"""`qoqc inspect`: what the passes made, or would make, of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qoqc.cli.progress import steps
+from qoqc.cli.source import choose_device, choose_dtype, load_model, prepare
+from qoqc.config import Options
+from qoqc.manifest import Manifest, graph_entry, is_artifact
+from qoqc.runtime.weights import STORE
+from qoqc.survey import Survey, survey
+
+
+def run(model_name: str, raw_options: Mapping[str, Any], *, device: str, dtype: str) -> None:
+    """Print the model, counts by pass, what is left in 16 bit, and the sizes before and after."""
+    options = Options.parse(raw_options)
+    where, kind = choose_device(device), choose_dtype(dtype)
+    if is_artifact(Path(model_name)):
+        _artifact(Path(model_name))
+        return
+    prepare()
+    with steps() as shown:
+        shown.start(f"Loading {model_name}")
+        model = load_model(model_name, where, kind)
+        shown.start("Packing weights")
+        found = survey(model, options, shown.update)
+    before, after = _sizes(model, found)
+    graphs = [graph_entry(report) for report in found.reports]
+    _show(f"{model_name}: {type(model).__name__}", len(found.weights), graphs, before, after)
+
+
+def size(count: int) -> str:
+    """A byte count as a person reads it: `8.0 MB`."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _artifact(directory: Path) -> None:
+    """From the manifest alone, with the options it was made with; its files are verified."""
+    manifest = Manifest.read(directory)
+    manifest.verify(directory)
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    title = f"{directory}: {manifest.architecture}, {len(manifest.files)} files verified"
+    _show(
+        title,
+        len(manifest.weights),
+        manifest.graphs,
+        manifest.bytes_before,
+        manifest.bytes_after,
+    )
+    print("options:", ", ".join(f"{name}={value}" for name, value in manifest.options.items()))
+    print("made with:", versions)
+
+
+def _sizes(model: Any, found: Survey) -> tuple[int, int]:
+    """Bytes of all parameters, and of what an artifact would hold instead."""
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}
+    before = sum(_bytes(t) for t in tensors.values())
+    after = before
+    for ref in found.weights:
+        packed = STORE.packed(ref.param)
+        assert packed is not None, "survey() packs every weight it names"
+        after += sum(map(_bytes, packed.tensors().values())) - _bytes(ref.param)
+    return before, after
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _show(title: str, packed: int, graphs: list[dict[str, Any]], before: int, after: int) -> None:
+    print(title)
+    table = Table("graph", *graphs[0]["counts"])
+    for graph in graphs:
+        table.add_row(graph["graph"], *map(str, graph["counts"].values()))
+    Console(highlight=False).print(table)
+    reasons = {(r["name"], r["reason"]): None for graph in graphs for r in graph["refusals"]}
+    print(f"{packed} linears in 4 bit, {len(reasons)} left in 16 bit")
+    for name, reason in reasons:
+        print(f"  {name}: {reason}")
+    print(f"weights: {size(before)} -> {size(after)}")

@@ -1,0 +1,139 @@
+"""KV4Cache in eager mode: what it stores, gives back, and tells transformers about itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qoqc.errors import CacheFull, Unsupported
+from qoqc.ir import ops
+from qoqc.ir.spec import KVSpec
+from qoqc.runtime.kv_cache import KV4Cache, KV4Layer
+from qoqc.testing import tiny_config
+
+SPEC = KVSpec(2, 32, 16)
+
+
+def layer(bits: Any = 4, prefill_kv: Any = "exact", **kwargs: Any) -> KV4Layer:
+    made = KV4Layer(100, bits, prefill_kv, **kwargs)
+    made.allocate(3, SPEC, torch.device("cpu"))
+    return made
+
+
+def chunk(seq: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(3, 2, seq, SPEC.k_dim, generator=generator),
+        torch.randn(3, 2, seq, SPEC.v_dim, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("prefill_kv", ["exact", "quantized"])
+def test_what_queries_see(bits: Any, prefill_kv: Any) -> None:
+    """First chunk alone; then the rounded past, with the new chunk exact or rounded."""
+    cache, past, new = layer(bits, prefill_kv), chunk(6, 1), chunk(3, 2)
+    exact = prefill_kv == "exact"
+    for got, x in zip(cache.update(*past), past, strict=True):
+        torch.testing.assert_close(got, x if exact else ops.kv4_round(x, bits))
+    for got, old, x in zip(cache.update(*new), past, new, strict=True):
+        assert got.shape[2] == 128
+        torch.testing.assert_close(got[:, :, :6], ops.kv4_round(old, bits))
+        torch.testing.assert_close(got[:, :, 6:9], x if exact else ops.kv4_round(x, bits))
+        assert not got[:, :, 9:].any()
+
+
+def test_a_single_token_takes_part_rounded() -> None:
+    cache, new = layer(), chunk(1, 2)
+    cache.update(*chunk(6, 1))
+    k, _ = cache.update(*new)
+    torch.testing.assert_close(k[:, :, 6:7], ops.kv4_round(new[0], 4))
+
+
+def test_whole_prefill_gives_the_full_length() -> None:
+    cache, past = layer(whole_prefill=True), chunk(6, 1)
+    assert cache.get_mask_sizes(6) == (128, 0)
+    k, v = cache.update(*past)
+    assert k.shape[2] == v.shape[2] == 128
+    torch.testing.assert_close(k[:, :, :6], past[0])
+
+
+def test_sizes_told_to_transformers() -> None:
+    cache = layer()
+    assert cache.get_max_length() == 128  # whole pages
+    assert cache.get_seq_length() == 0
+    assert cache.get_mask_sizes(6) == (6, 0)
+    cache.update(*chunk(6, 1))
+    assert cache.get_seq_length() == 6
+    assert cache.get_mask_sizes(1) == (128, 0)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.get_mask_sizes(2) == (2, 0)
+
+
+def test_reset_forgets() -> None:
+    cache = layer()
+    cache.update(*chunk(40, 1))
+    cache.reset()
+    cache.update(*chunk(2, 2))
+    k, _ = cache.update(*chunk(1, 3))
+    torch.testing.assert_close(k[:, :, :2], ops.kv4_round(chunk(2, 2)[0], 4))
+    assert not k[:, :, 3:].any()
+
+
+def test_pages_cross_their_border() -> None:
+    cache, long = layer(), chunk(70, 1)
+    cache.update(*long)
+    k, v = cache.update(*chunk(1, 2))
+    torch.testing.assert_close(k[:, :, :70], ops.kv4_round(long[0], 4))
+    torch.testing.assert_close(v[:, :, :70], ops.kv4_round(long[1], 4))
+
+
+def test_reorder_equals_reordered_input() -> None:
+    index = torch.tensor([2, 0, 0])
+    cache, other = layer(), layer()
+    cache.update(*chunk(6, 1))
+    cache.reorder_cache(index)
+    other.update(*(x[index] for x in chunk(6, 1)))
+    for a, b in zip(cache.update(*chunk(1, 2)), other.update(*chunk(1, 2)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_reorder_before_use_is_nothing() -> None:
+    KV4Layer(64, 4, "exact").reorder_cache(torch.tensor([0]))
+
+
+def test_full() -> None:
+    cache = layer()
+    cache.update(*chunk(128, 1))
+    with pytest.raises(CacheFull, match="holds 128 tokens, token 129 was appended; allocate it"):
+        cache.update(*chunk(1, 2))
+
+
+def test_another_batch() -> None:
+    cache = layer()
+    with pytest.raises(ValueError, match="batch of 3, got 2 sequences"):
+        cache.update(*(x[:2] for x in chunk(1, 1)))
+
+
+def test_odd_heads_need_8_bits() -> None:
+    odd = KVSpec(2, 33, 16)
+    with pytest.raises(Unsupported, match="even head sizes, got 33 and 16; use kv_bits=8"):
+        KV4Layer(64, 4, "exact").allocate(1, odd, torch.device("cpu"))
+    KV4Layer(64, 8, "exact").allocate(1, odd, torch.device("cpu"))
+
+
+def test_cache_options() -> None:
+    config = tiny_config("llama")
+    assert [layer.bits for layer in KV4Cache(config, 64, [4, 8]).layers] == [4, 8]
+    assert [layer.bits for layer in KV4Cache(config, 64, 8).layers] == [8, 8]
+    wrong: tuple[Any, ...] = (5, [4], [4, 4, 4], [4, 16])
+    for bits in wrong:
+        with pytest.raises(ValueError, match="expected 4 or 8, or one of them for 2 layers"):
+            KV4Cache(config, 64, bits)
+    with pytest.raises(ValueError, match="expected at least 1 token"):
+        KV4Cache(config, 0)
+    with pytest.raises(Unsupported, match="cannot be cropped"):
+        KV4Cache(config, 64).crop(3)
