@@ -128,7 +128,7 @@ def main() -> None:
 
     model = build(args)
     longest = args.prompt + args.gen
-    static = {"cache_implementation": "static", "max_length": None} if args.device == "cuda" else {}
+    static = {"cache_implementation": "static"} if args.device == "cuda" else {}
     rows = []
     for batch in args.batch:
         rows.append(

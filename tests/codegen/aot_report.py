@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
@@ -91,32 +93,41 @@ def usage(cubin: bytes) -> dict[str, int]:
     return dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
 
 
+def facts_of(case: tuple[DeviceKey, tuple[str, Any, int]]) -> str:
+    """Compile one case; what its machine code looks like, as a JSON line."""
+    device, (name, spec, size) = case
+    family = FAMILIES[name]
+    tile = family.heuristic(spec, size, device)
+    compiled = compile_for(family, spec, tile, min(size, 4), device.arch)
+    ptx = compiled.asm["ptx"]
+    facts = {
+        "family": name,
+        "arch": device.arch,
+        "spec": to_json(spec),
+        "tile": dict(tile.constexprs),
+        "num_warps": tile.num_warps,
+        "shared": compiled.metadata.shared,
+        "shared_limit": device.shared_bytes,
+        "shared_estimate": family.shared_bytes(spec, tile) if family.shared_bytes else None,
+        "fma": len(re.findall(r"\bfma\.rn\.f32", ptx)),
+        "flush": ptx.count(".ftz."),
+        "wgmma": len(re.findall(r"wgmma\.mma_async\S*\.s32\.s8\.s8", ptx)),
+        "mma": len(re.findall(r"mma\.sync\.aligned\.m16n8k32.*\.s32\.s8\.s8\.s32", ptx)),
+        "ptx_layouts": ptx_layouts(compiled.asm["ttgir"]),
+        "async_copies": ptx.count("cp.async.c"),
+        **usage(compiled.asm["cubin"]),
+    }
+    return json.dumps(facts)
+
+
 def main() -> None:
-    """Compile every case for every device."""
-    pairs = [(device, case) for device in DEVICES for case in cases(device.arch)]
-    for device, (name, spec, size) in pairs:
-        family = FAMILIES[name]
-        tile = family.heuristic(spec, size, device)
-        compiled = compile_for(family, spec, tile, min(size, 4), device.arch)
-        ptx = compiled.asm["ptx"]
-        facts = {
-            "family": name,
-            "arch": device.arch,
-            "spec": to_json(spec),
-            "tile": dict(tile.constexprs),
-            "num_warps": tile.num_warps,
-            "shared": compiled.metadata.shared,
-            "shared_limit": device.shared_bytes,
-            "shared_estimate": family.shared_bytes(spec, tile) if family.shared_bytes else None,
-            "fma": len(re.findall(r"\bfma\.rn\.f32", ptx)),
-            "flush": ptx.count(".ftz."),
-            "wgmma": len(re.findall(r"wgmma\.mma_async\S*\.s32\.s8\.s8", ptx)),
-            "mma": len(re.findall(r"mma\.sync\.aligned\.m16n8k32.*\.s32\.s8\.s8\.s32", ptx)),
-            "ptx_layouts": ptx_layouts(compiled.asm["ttgir"]),
-            "async_copies": ptx.count("cp.async.c"),
-            **usage(compiled.asm["cubin"]),
-        }
-        print(json.dumps(facts), flush=True)
+    """Compile every case for every device, on all cores."""
+    torch.set_num_threads(1)
+    work = [(device, case) for device in DEVICES for case in cases(device.arch)]
+    # fork: a fresh interpreter would import torch again, which takes longer than a compilation
+    with multiprocessing.get_context("fork").Pool(min(os.cpu_count() or 1, 8)) as pool:
+        for line in pool.imap(facts_of, work):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
@@ -56,7 +57,7 @@ TABLE = {
     "qwen2": Expected(14, 2, HEAD, 11.5),
     "qwen3": Expected(14, 2, HEAD, 10.0),
     "gemma": Expected(14, 2, TIED, 24.5),
-    "gemma2": Expected(14, 0, {**TIED, **OWN_ATTENTION}, 20.5),  # soft-capped scores
+    "gemma2": Expected(14, 0, {**TIED, **OWN_ATTENTION}, 20.5),  # soft-capped: see expected_of
     "gemma3_text": Expected(14, 2, TIED, 21.5),
     "phi": Expected(12, 2, HEAD, 14.0),
     "phi3": Expected(8, 2, HEAD, 11.5),
@@ -88,6 +89,20 @@ TABLE = {
 
 NO_POSITIONS = ("bloom", "mpt")
 NEEDS_MASK = ("opt",)  # without one it makes its own, of a length read off the cache: a break
+
+
+def expected_of(family: str) -> Expected:
+    """The row of TABLE, adapted to what the installed transformers does; skips what it cannot do.
+
+    Older releases run Gemma2 through SDPA and drop its soft cap without a word. Their BLOOM builds
+    alibi for the prompt's length, which is a shape error with any static cache, also their own.
+    """
+    if family == "gemma2" and tiny_model("gemma2").config._attn_implementation == "sdpa":
+        return TABLE["gemma2"]._replace(attentions=2, refusals=TIED)
+    release = tuple(map(int, transformers.__version__.split(".")[:2]))
+    if family == "bloom" and release < (5, 23):
+        pytest.skip(f"transformers {transformers.__version__}: BLOOM fails with any static cache")
+    return TABLE[family]
 
 
 class RoundedLayer(DynamicLayer):
@@ -189,7 +204,7 @@ def assert_matches(got: torch.Tensor, reference: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("family", [family for family in TABLE if family != "mpt"])
 def test_family(family: str) -> None:
-    expected = TABLE[family]
+    expected = expected_of(family)
     exact, reference = exact_and_reference(family)
     got = compiled(family)
     prefill, decode = pipeline.reports  # no graph break, no recompile: two graphs
@@ -267,7 +282,7 @@ def test_left_padded_generate(family: str) -> None:
     torch._dynamo.reset()
     pipeline.reports.clear()
     reference = tiny_model(family)
-    fake_quantize(reference, TABLE[family].left)
+    fake_quantize(reference, expected_of(family).left)
     expected = forced_logits(reference, 3, past_key_values=rounded_cache())
     got = forced_logits(qoqc.compile(tiny_model(family), glue="eager"), 3)
     assert len(pipeline.reports) == 2
