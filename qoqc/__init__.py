@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "compile": "qoqc.generate",
     "load": "qoqc.generate",
-    "save": "qoqc.artifact",
+    "save": "qoqc.artifact.save",
     "KV4Cache": "qoqc.runtime.kv_cache",
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from qoqc.artifact import adopt_weights
+from qoqc.artifact.adopt import adopt_weights
 from qoqc.config import Options
 from qoqc.pipeline import compile_graph
 from qoqc.runtime.dynamo import allow_graphs, warn_on_uncompiled_generate

@@ -10,12 +10,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from transformers.cache_utils import DynamicCache
 
+from qoqc.artifact.load import load_model
 from qoqc.config import Options
 from qoqc.errors import ArtifactError, Unsupported
 from qoqc.ir.spec import KVSpec
 from qoqc.runtime.kv_cache import KV4Cache
 from qoqc.runtime.weights import STORE
-from qoqc.skeleton import load_model
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

@@ -13,11 +13,11 @@ import torch
 from transformers import TextStreamer
 
 import qoqc.generate
+from qoqc.artifact.manifest import is_artifact
 from qoqc.cli.progress import console, waiting
 from qoqc.cli.source import choose_device, load_config, load_model, load_tokenizer, prepare
 from qoqc.config import Options
 from qoqc.errors import Unsupported
-from qoqc.manifest import is_artifact
 
 GREETING = "/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer"
 

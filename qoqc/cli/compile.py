@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qoqc.artifact import save
+from qoqc.artifact.folder import require_free
+from qoqc.artifact.manifest import is_artifact
+from qoqc.artifact.save import save
 from qoqc.cli.inspect import size
 from qoqc.cli.progress import steps
 from qoqc.cli.source import (
@@ -19,8 +21,6 @@ from qoqc.cli.source import (
     prepare,
 )
 from qoqc.config import Options
-from qoqc.folder import require_free
-from qoqc.manifest import is_artifact
 
 
 def run(

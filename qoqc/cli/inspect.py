@@ -10,12 +10,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qoqc.artifact.manifest import Manifest, graph_entry, is_artifact
+from qoqc.artifact.survey import Survey, survey
 from qoqc.cli.progress import steps
 from qoqc.cli.source import choose_device, choose_dtype, load_model, prepare
 from qoqc.config import Options
-from qoqc.manifest import Manifest, graph_entry, is_artifact
 from qoqc.runtime.weights import STORE
-from qoqc.survey import Survey, survey
 
 
 def run(model_name: str, raw_options: Mapping[str, Any], *, device: str, dtype: str) -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import qoqc
+from qoqc.artifact.manifest import Manifest
 from qoqc.backend import check_torch_version
 from qoqc.cli import app, chat, main, source
 from qoqc.errors import StaleWeights
-from qoqc.manifest import Manifest
 from qoqc.testing import tiny_model
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "models" / "llama-stories-4m"

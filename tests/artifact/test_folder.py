@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from qoqc.artifact.folder import checksum, files_below, publish
 from qoqc.errors import ArtifactError
-from qoqc.folder import checksum, files_below, publish
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from qoqc.folder import publish
+from qoqc.artifact.folder import publish
 with publish(Path(sys.argv[1]), overwrite=True, is_ours=lambda path: True) as draft:
     (draft / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

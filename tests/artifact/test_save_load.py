@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qoqc
-from qoqc import artifact
+from qoqc.artifact import save as saving
+from qoqc.artifact.folder import checksum
+from qoqc.artifact.load import load_model
+from qoqc.artifact.manifest import FORMAT, KERNELS, PATH, WEIGHTS, Manifest
+from qoqc.artifact.packed_file import PackedFile
 from qoqc.config import Options
 from qoqc.errors import ArtifactError, Unsupported
-from qoqc.folder import checksum
-from qoqc.manifest import FORMAT, KERNELS, PATH, WEIGHTS, Manifest
-from qoqc.packed_file import PackedFile
 from qoqc.runtime.weights import STORE
-from qoqc.skeleton import load_model
 from qoqc.testing import tiny_model
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "models" / "llama-stories-4m"
@@ -55,7 +55,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     """An artifact of the bundled model, and the tokens the saved model gives itself."""
     directory = tmp_path_factory.mktemp("artifact") / "stories"
     model = qoqc.compile(stories(), glue="eager")
-    artifact.save(model, directory, AutoTokenizer.from_pretrained(MODEL))
+    saving.save(model, directory, AutoTokenizer.from_pretrained(MODEL))
     return directory, generated(model)
 
 
@@ -256,7 +256,7 @@ def test_another_models_artifact_is_refused(
 def test_round_trip_of_families(family: str, tmp_path: Path) -> None:
     """Conv1D weights (square ones too), biases, soft caps, 3D experts, latent attention."""
     model = tiny_model(family)
-    manifest = artifact.save(model, tmp_path / family)
+    manifest = saving.save(model, tmp_path / family)
     assert manifest.weights
     tokens = PROMPT % 300
     torch._dynamo.reset()
@@ -273,7 +273,7 @@ def test_saving_what_was_loaded_gives_the_same_tensors(
     saved: tuple[Path, list[int]], tmp_path: Path
 ) -> None:
     model, _ = load_model(saved[0])
-    artifact.save(model, tmp_path / "again", AutoTokenizer.from_pretrained(saved[0]))
+    saving.save(model, tmp_path / "again", AutoTokenizer.from_pretrained(saved[0]))
     first, again = load_file(saved[0] / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
     assert first.keys() == again.keys()
     for name, tensor in first.items():
@@ -284,14 +284,14 @@ def test_released_weights_cannot_be_saved_in_16_bit(saved: tuple[Path, list[int]
     model, _ = load_model(saved[0])
     options = Options.parse({"exclude": ["*up_proj"]})
     with pytest.raises(ArtifactError, match="up_proj.weight was released"):
-        artifact.save(model, saved[0].parent / "other", options=options)
+        saving.save(model, saved[0].parent / "other", options=options)
     assert [path.name for path in saved[0].parent.iterdir()] == [saved[0].name]
 
 
 def test_options_are_kept_and_can_be_changed(tmp_path: Path) -> None:
     model = tiny_model("llama")
     options = Options.parse({"group_size": -1, "kv_bits": 8, "exclude": ["*o_proj"]})
-    manifest = artifact.save(model, tmp_path / "a", options=options)
+    manifest = saving.save(model, tmp_path / "a", options=options)
     assert not any("o_proj" in name for name in manifest.weights)
     assert "model.layers.0.self_attn.o_proj.weight" in manifest.tensors
     _, loaded = load_model(tmp_path / "a")
@@ -309,7 +309,7 @@ def test_options_are_kept_and_can_be_changed(tmp_path: Path) -> None:
 def test_strict_refuses_before_anything_is_written(tmp_path: Path) -> None:
     options = Options.parse({"strict": True})
     with pytest.raises(Unsupported, match="strict"):
-        artifact.save(tiny_model("deepseek_v3"), tmp_path / "a", options=options)
+        saving.save(tiny_model("deepseek_v3"), tmp_path / "a", options=options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -318,9 +318,9 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(artifact, "save_file", no_space)
+    monkeypatch.setattr(saving, "save_file", no_space)
     with pytest.raises(OSError, match="No space left"):
-        artifact.save(tiny_model("llama"), tmp_path / "a")
+        saving.save(tiny_model("llama"), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from qoqc.artifact.manifest import WEIGHTS, Manifest
 from qoqc.errors import ArtifactError
-from qoqc.manifest import WEIGHTS, Manifest
 from qoqc.quant.weight import PackedWeight
 
 

@@ -10,25 +10,27 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch.fx import GraphModule
-from torch.nn import Parameter
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from qoqc.artifact.folder import checksum, files_below, publish, require_free
+from qoqc.artifact.kernel_sources import sources
+from qoqc.artifact.manifest import (
+    KERNELS,
+    PATH,
+    WEIGHTS,
+    Manifest,
+    WeightEntry,
+    graph_entry,
+    is_artifact,
+)
+from qoqc.artifact.survey import Progress, Survey, survey
 from qoqc.config import Options
 from qoqc.errors import ArtifactError
-from qoqc.folder import checksum, files_below, publish, require_free
-from qoqc.kernel_sources import sources
-from qoqc.manifest import KERNELS, PATH, WEIGHTS, Manifest, WeightEntry, graph_entry, is_artifact
-from qoqc.packed_file import PackedFile
-from qoqc.runtime.dynamo import qualified_name
-from qoqc.runtime.weights import STORE, WeightRef
-from qoqc.survey import Progress, Survey, survey
+from qoqc.runtime.weights import STORE
 
 SAVED_OPTIONS = ("group_size", "kv_bits", "prefill_kv", "exclude", "strict")
 """The options that shape what is packed and how it runs; the others belong to one process."""
@@ -128,43 +130,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # triton exists for Linux only
             found[package] = "not installed"
     return found
-
-
-_ADOPTED: Any = WeakTensorKeyDictionary()
-"""Parameter -> directory its packed weight came from."""
-
-
-def adopt_weights(
-    directory: str | os.PathLike[str],
-    gm: GraphModule,
-    example_inputs: Sequence[Any],
-    group_size: int | None = None,
-) -> int:
-    """Give the Parameters of a captured graph the packed weights of an artifact; returns how many.
-
-    For a model that was loaded with its 16-bit weights. Weights adopted before are left alone, so
-    later graphs of the model cost nothing.
-    Raises ArtifactError if a Parameter is not in the artifact, or has another shape there, or the
-    artifact was packed with another `group_size`.
-    """
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    inputs = zip(placeholders, example_inputs, strict=True)
-    root = os.fspath(Path(directory).resolve())
-    waiting = [
-        (qualified_name(node), value)
-        for node, value in inputs
-        if isinstance(value, Parameter) and _ADOPTED.get(value) != root
-    ]
-    if not waiting:
-        return 0
-    with PackedFile(Path(directory), waiting[0][1].device) as file:
-        file.require_group_size(group_size)
-        count = 0
-        for name, param in waiting:
-            found = file.find(name, tuple(param.shape))
-            entry = file.manifest.weights.get(found)
-            if entry is not None:
-                STORE.adopt(WeightRef(param, entry.transposed, name), file.packed(found))
-                count += 1
-            _ADOPTED[param] = root
-    return count

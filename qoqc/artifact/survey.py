@@ -12,9 +12,9 @@ import torch
 from torch.fx import GraphModule
 from torch.nn import Parameter
 
+from qoqc.artifact.kernel_sources import Wanted, wanted
 from qoqc.config import Options
 from qoqc.errors import QoqcError, Unsupported
-from qoqc.kernel_sources import Wanted, wanted
 from qoqc.passes import manager
 from qoqc.passes.context import Context
 from qoqc.pipeline import Report

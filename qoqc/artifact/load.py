@@ -13,9 +13,9 @@ import transformers
 from torch.nn import Module, Parameter
 from torch.overrides import TorchFunctionMode
 
+from qoqc.artifact.packed_file import PackedFile
 from qoqc.config import Options
 from qoqc.errors import ArtifactError
-from qoqc.packed_file import PackedFile
 from qoqc.runtime.weights import STORE, WeightRef
 
 

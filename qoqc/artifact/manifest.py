@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from qoqc.artifact.folder import checksum
 from qoqc.errors import ArtifactError
-from qoqc.folder import checksum
 from qoqc.ir.spec import GROUP, OUTPUT_DTYPES, TILE_N
 from qoqc.pipeline import Report
 from qoqc.quant.pack import ceil_div

@@ -1,0 +1,1 @@
+"""A compiled model as a directory: `save` writes one, `load` builds a model from it alone."""
