@@ -39,15 +39,18 @@ def merge(gm: GraphModule, ctx: Context) -> int:
 
 
 def _is_plain(found: Site) -> bool:
-    """May it move up to its first sibling? A bias computed in between may not exist there yet."""
-    return found.bias is None or found.bias.op == "placeholder"
+    """May it move up to its first sibling?
+
+    Not with a bias computed in between, and not if the model joined its weight from several itself.
+    """
+    return len(found.refs) == 1 and (found.bias is None or found.bias.op == "placeholder")
 
 
 def _merge(gm: GraphModule, group: list[tuple[Node, Site]]) -> int:
     first, _ = group[0]
     x = first.args[0]
     weights = [node.args[1] for node, _ in group]
-    sizes = [ref.dense().shape[0] for _, s in group for ref in s.refs]
+    sizes = [s.refs[0].dense().shape[0] for _, s in group]
     with gm.graph.inserting_before(first):
         # a transposed weight is a node of its own and may stand behind the first sibling
         for weight in weights:

@@ -171,9 +171,12 @@ class _Stream(TextStreamer):
         super().put(value)
 
     def speed(self) -> str:
-        """`200 tokens, 41.0 tok/s, first after 0.3 s`; the rate leaves the first token out."""
+        """`200 tokens, 41.0 tok/s, first after 0.3 s`.
+
+        The rate counts from the second token on: before it, both graphs may have been compiled.
+        """
         tokens = len(self._times) - 1
         first = self._times[1] - self._times[0] if tokens else 0.0
-        seconds = self._times[-1] - self._times[1] if tokens > 1 else 0.0
-        rate = f"{(tokens - 1) / seconds:.1f} tok/s, " if seconds > 0 else ""
+        seconds = self._times[-1] - self._times[2] if tokens > 2 else 0.0
+        rate = f"{(tokens - 2) / seconds:.1f} tok/s, " if seconds > 0 else ""
         return f"{tokens} tokens, {rate}first after {first:.1f} s"

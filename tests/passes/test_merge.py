@@ -105,3 +105,17 @@ def test_merged_weights_pack_to_the_same_numbers() -> None:
         outputs.append(run_graph(gm, ctx))
     for a, b in zip(*outputs, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_weight_that_the_model_joins_itself_stays_as_it_is() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(64, 128))
+            self.b = nn.Parameter(torch.randn(32, 128))
+            self.c = nn.Linear(128, 48, bias=False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return nn.functional.linear(x, torch.cat([self.a, self.b])), self.c(x)
+
+    check(Joined(), 0, 2)
