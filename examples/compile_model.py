@@ -1,8 +1,8 @@
 """Pack a model once, load it without its 16-bit weights ever after.
 
-    python examples/compile_model.py examples/models/llama-stories-4m /tmp/stories-w4a8
+    python examples/compile_model.py examples/models/llama-stories-4m stories-w4a8
 
-    wrote /tmp/stories-w4a8: 35 packed weights, 8.0 -> 3.7 MB
+    wrote stories-w4a8: 35 packed weights, 8.0 -> 3.7 MB
     loaded again: up_proj reads as NaN, 16-bit copies are gone
     Once upon a time, there was a dog named ...
 

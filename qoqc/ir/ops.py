@@ -84,6 +84,11 @@ def packed_of(
         raise ValueError("w4a8_linear takes group_word (g128) or channel_zero (per channel): one")
     if tuple(qweight.shape) != (-(-n // 128), -(-k // 128), 128, 64):
         raise ValueError(f"qweight {tuple(qweight.shape)} does not hold {n} x {k} 4-bit weights")
+    grid = channel_zero if group_word is None else group_word
+    if grid is not None and tuple(grid.shape) != (
+        (n,) if group_word is None else (-(-k // 128), n)
+    ):
+        raise ValueError(f"scales {tuple(grid.shape)} do not belong to {n} x {k} weights")
     if xq.dtype != torch.int8 or qweight.dtype != torch.uint8:
         raise ValueError(f"expected int8 xq and uint8 qweight, got {xq.dtype} and {qweight.dtype}")
     return PackedWeight(qweight, channel_scale, group_word, channel_zero, n, k)

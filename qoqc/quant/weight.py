@@ -14,8 +14,11 @@ from typing import Literal
 import torch
 
 from qoqc.errors import Unsupported
-from qoqc.ir.spec import GROUP, LEVEL1_MAX
+from qoqc.ir.spec import GROUP, LEVEL1_MAX, TILE_N
 from qoqc.quant.pack import ceil_div, pack_nibbles, unpack_nibbles
+
+CHUNK = 2**24
+"""Weights quantized at a time: rows are independent, and one needs about 24 bytes on the way."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,13 @@ def quantize_weight(weight: torch.Tensor, group_size: Literal[128, -1]) -> Packe
     """
     if group_size not in (GROUP, -1):
         raise ValueError(f"group_size {group_size} is not one of {GROUP}, -1 (per channel)")
+    n, k = weight.shape
+    step = max(CHUNK // max(k, 1) // TILE_N, 1) * TILE_N
+    pieces = [weight[i : i + step] for i in range(0, max(n, 1), step)]
+    return concat_rows([_quantize_rows(piece, group_size) for piece in pieces])
+
+
+def _quantize_rows(weight: torch.Tensor, group_size: Literal[128, -1]) -> PackedWeight:
     w = weight.detach().float()
     if not torch.isfinite(w).all():
         raise Unsupported("the weight holds NaN or infinite values; repair the checkpoint")
@@ -136,10 +146,14 @@ def rows(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
     """Output channels `start:stop` as a packed weight of their own: exact, rows are independent."""
     if start == 0 and stop == packed.out_features:
         return packed
-    q4 = unpack_nibbles(packed.qweight, packed.out_features, _padded_k(packed))
     word, zero = packed.group_word, packed.channel_zero
+    if start % TILE_N == 0 and (stop % TILE_N == 0 or stop == packed.out_features):
+        qweight = packed.qweight[start // TILE_N : ceil_div(stop, TILE_N)].clone()
+    else:
+        q4 = unpack_nibbles(packed.qweight, packed.out_features, _padded_k(packed))
+        qweight = pack_nibbles(q4[start:stop])
     return PackedWeight(
-        pack_nibbles(q4[start:stop]),
+        qweight,
         packed.channel_scale[start:stop].clone(),
         None if word is None else word[:, start:stop].clone(memory_format=torch.contiguous_format),
         None if zero is None else zero[start:stop].clone(),
@@ -165,11 +179,15 @@ def concat_rows(parts: Sequence[PackedWeight]) -> PackedWeight:
             )
     if len(parts) == 1:
         return first
-    q4 = [unpack_nibbles(p.qweight, p.out_features, _padded_k(p)) for p in parts]
+    if all(part.out_features % TILE_N == 0 for part in parts[:-1]):
+        qweight = torch.cat([part.qweight for part in parts])
+    else:
+        q4 = [unpack_nibbles(p.qweight, p.out_features, _padded_k(p)) for p in parts]
+        qweight = pack_nibbles(torch.cat(q4))
     words = [p.group_word for p in parts if p.group_word is not None]
     zeros = [p.channel_zero for p in parts if p.channel_zero is not None]
     return PackedWeight(
-        pack_nibbles(torch.cat(q4)),
+        qweight,
         torch.cat([p.channel_scale for p in parts]),
         torch.cat(words, dim=1).contiguous() if words else None,
         torch.cat(zeros) if zeros else None,

@@ -266,6 +266,7 @@ def test_packed_of_finds_the_sizes(grouped: bool) -> None:
     ("changes", "message"),
     [
         ({"group_word": None}, "group_word .* or channel_zero"),
+        ({"group_word": torch.zeros(1, 70, dtype=torch.int32)}, r"scales \(1, 70\) .* 70 x 200"),
         ({"channel_zero": torch.zeros(70, dtype=torch.int32)}, "one"),
         (
             {"qweight": torch.zeros(1, 1, 128, 64, dtype=torch.uint8)},

@@ -347,3 +347,14 @@ def test_tensors_names_the_format(group_size: Format) -> None:
     names = set(quantize_weight(weight(2, 3), group_size).tensors())
     extra = "group_word" if group_size == 128 else "channel_zero"
     assert names == {"qweight", "channel_scale", extra}
+
+
+@pytest.mark.parametrize("group_size", [128, -1])
+def test_quantizing_in_chunks_changes_nothing(
+    group_size: Literal[128, -1], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(3))
+    whole = quantize_weight(weight, group_size)
+    monkeypatch.setattr("qoqc.quant.weight.CHUNK", 200 * 128)
+    for name, tensor in quantize_weight(weight, group_size).tensors().items():
+        assert torch.equal(tensor, whole.tensors()[name]), name
