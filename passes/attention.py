@@ -76,6 +76,9 @@ def _fuse(gm: GraphModule, ctx: Context, sdpa: Node, read: Node, name: str) -> i
     if scale is None:
         scale = float(query.shape[-1]) ** -0.5
     with gm.graph.inserting_before(sdpa):
+        # SDPA broadcasts a mask without batch and head axes; the op wants them
+        for _ in range(0 if mask is None else 4 - example(mask).dim()):
+            mask = gm.graph.call_method("unsqueeze", (mask, 0))
         fused = gm.graph.call_function(
             ops.kv4_attention, (q, *pages, length, mask, k_chunk, v_chunk, scale, bits, False)
         )

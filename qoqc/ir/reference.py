@@ -236,6 +236,11 @@ def kv_attention(
     mask [B or 1, Hq or 1, S, >= length] allows it and, if `causal`, j is not after the query.
     k_chunk, v_chunk as in `kv_dequant`. fp32 softmax and sums; a query that sees nothing gives 0.
     """
+    if mask is not None and (mask.dim() != 4 or mask.dtype is not torch.bool):
+        raise ValueError(
+            f"kv4_attention: mask must be bool [B or 1, Hq or 1, S, L], "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
     batch, heads, seq = q.shape[:3]
     v_dim = v_pages.shape[2]
     lengths = length.tolist()

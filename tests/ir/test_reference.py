@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -492,6 +493,14 @@ def test_attention_with_equal_keys_is_the_mean_of_the_values() -> None:
     got = cache.attention(randn(1, 2, 1, 8), [100])
     want = fake_quantize_kv(v, 8).double().mean(2, keepdim=True).expand(1, 2, 1, 6)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(3, 64, dtype=torch.bool), torch.zeros(1, 1, 3, 64)])
+def test_attention_takes_only_bool_masks_with_all_four_axes(mask: torch.Tensor) -> None:
+    cache = Cache(1, 1, 8, 6, 4)
+    cache.append([0], randn(1, 1, 3, 8), randn(1, 1, 3, 6))
+    with pytest.raises(ValueError, match=re.escape(f"{mask.dtype} {tuple(mask.shape)}")):
+        cache.attention(randn(1, 1, 3, 8), [3], mask=mask)
 
 
 def test_words_of_a_cache_are_the_grid_of_its_tokens() -> None:
