@@ -20,7 +20,7 @@ AOT_TESTS := $(wildcard tests/codegen/test_aot*.py)
 PYTEST := $(PY) -m pytest
 BIN := $(dir $(PY))
 
-.PHONY: demo check lint test gpu bench clean
+.PHONY: demo check lint test slow gpu bench clean
 
 demo: $(STAMP)
 	$(PY) -m qoqc compile $(MODEL) -o $(ARTIFACT) --force
@@ -35,9 +35,12 @@ lint: $(STAMP)
 	$(BIN)lint-imports
 
 test: $(STAMP)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not gpu and not slow" \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal -m "not gpu and not slow" \
 		$(addprefix --ignore=,$(AOT_TESTS))
 	$(if $(AOT_TESTS),TRITON_INTERPRET=0 $(PYTEST) -m "not gpu and not slow" $(AOT_TESTS))
+
+slow: $(STAMP)
+	TRITON_INTERPRET=1 $(PYTEST) -m slow
 
 gpu: $(STAMP)
 	$(PYTEST) -m gpu

@@ -252,7 +252,14 @@ def test_another_models_artifact_is_refused(
     assert caught.match(both[1])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen2", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gpt2",
+        "deepseek_v3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "qwen2", "mixtral")),
+    ],
+)
 def test_round_trip_of_families(family: str, tmp_path: Path) -> None:
     """Conv1D weights (square ones too), biases, soft caps, 3D experts, latent attention."""
     model = tiny_model(family)
