@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from qoqc.codegen import tune
-from qoqc.codegen.build import build
+from qoqc.codegen.build import build, dump_kernels
 from qoqc.codegen.family import Family, Kernel
 from qoqc.codegen.kernels import (
     attention,
@@ -30,15 +30,23 @@ from qoqc.ir.spec import PAGE
 from qoqc.runtime.device import device_key
 
 _MODE: tune.Mode = "heuristic"
+_DUMP: str | None = None
 _KERNELS: dict[tuple[Any, ...], Kernel] = {}
 _INSTALLED: list[torch.library.Library] = []
 _LOCK = threading.Lock()
 
 
-def install(mode: tune.Mode = "heuristic") -> None:
-    """Put Triton kernels behind the qoqc ops for CUDA tensors. Later calls only set `mode`."""
-    global _MODE
+def install(mode: tune.Mode = "heuristic", dump: str | None = None) -> None:
+    """Put Triton kernels behind the qoqc ops for CUDA tensors. Later calls only set `mode`.
+
+    dump  a directory for the sources of all kernels, those built so far and, since kernels are
+          built at their first launch, those still to come; None leaves an earlier one in place
+    """
+    global _MODE, _DUMP
     with _LOCK:
+        if dump is not None:
+            _DUMP = dump
+            dump_kernels(dump)
         if mode != _MODE:
             _MODE = mode
             _KERNELS.clear()
@@ -71,6 +79,7 @@ def kernel_for(family: Family, spec: Any, size: int, device: torch.device) -> Ke
             )
         tile = tune.choose(family, spec, size, device, _MODE)
         kernel = _KERNELS.setdefault(key, build(family, spec, tile))
+        dump_kernels(_DUMP)
     return kernel
 
 

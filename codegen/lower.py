@@ -25,7 +25,7 @@ def lower(
           memory of the 4-bit weights; a CPU has no fast way to unpack nibbles at every call.
     """
     if device.type == "cuda":
-        dispatch.install(options.tune)
+        dispatch.install(options.tune, options.dump)
         return 0
     return _inline_quantize(gm) + _expand_weights(gm, bound)
 

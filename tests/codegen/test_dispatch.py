@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_a_kernel_is_chosen_once_per_spec_bucket_and_device(
     for tokens in (3, 4, 5, 8, 3):
         dispatch.quantize_act(torch.randn(tokens, 24, device=device))
     assert asked == [3, 5]
+
+
+def test_kernels_built_after_install_are_dumped(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, device: torch.device, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dispatch, "_DUMP", None)
+    dispatch.install(dump=str(tmp_path))
+    before = set((tmp_path / "kernels").glob("*"))
+    dispatch.install()  # a later graph without a dump does not end the first one's
+    dispatch.quantize_act(torch.randn(3, 56, device=device))
+    (kernel,) = dispatch._KERNELS.values()
+    written = tmp_path / "kernels" / kernel.path.name
+    assert written not in before
+    assert written.read_text() == kernel.source
 
 
 def test_another_mode_chooses_again(
