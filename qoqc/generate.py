@@ -33,9 +33,7 @@ def compile(model: Model, **options: Any) -> Model:
     parsed = Options.parse(options)
     require_decoder(model)
     model.requires_grad_(False)
-    for module in model.modules():  # a graph break may hide the table from the head's graph
-        if isinstance(module, torch.nn.Embedding):
-            STORE.note_table(module.weight)
+    STORE.note_tables_of(model)
     model.compile(backend="qoq", options=options or None)
     attributes: Any = model
     attributes.qoqc_options = parsed  # what qoqc.save records

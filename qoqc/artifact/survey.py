@@ -45,9 +45,7 @@ def survey(model: Any, options: Options, progress: Progress | None = None) -> Su
     16 bit, compiles nothing. Raises what the passes raise, and Unsupported for a model that
     cannot be captured.
     """
-    for module in model.modules():  # as in qoqc.compile
-        if isinstance(module, torch.nn.Embedding):
-            STORE.note_table(module.weight)
+    STORE.note_tables_of(model)
     collector = _Collector(options, progress)
     # Dynamo keeps compiled code with the code object and counts it there against a limit: one of
     # its own takes both along when the survey is over

@@ -140,6 +140,12 @@ class WeightStore:
         """Remember an embedding table: after a graph break the output head is in another graph."""
         self._tables[param] = True
 
+    def note_tables_of(self, model: torch.nn.Module) -> None:
+        """Remember all tables of a model: a graph break may hide one from the head's graph."""
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                self.note_table(module.weight)
+
     def tables(self) -> list[torch.Tensor]:
         """The embedding tables noted so far that are still alive."""
         return list(self._tables.keys())
