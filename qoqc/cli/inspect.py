@@ -15,11 +15,15 @@ from qoqc.artifact.survey import Survey, survey
 from qoqc.cli.progress import steps
 from qoqc.cli.source import choose_device, choose_dtype, load_model, prepare
 from qoqc.config import Options
+from qoqc.errors import Unsupported
+from qoqc.passes.structure.describe import COLUMNS, layer_rows, stream_line
+from qoqc.passes.structure.discover import structure_of
+from qoqc.passes.structure.facts import ModelStructure
 from qoqc.runtime.weights import STORE
 
 
 def run(model_name: str, raw_options: Mapping[str, Any], *, device: str, dtype: str) -> None:
-    """Print the model, counts by pass, what is left in 16 bit, and the sizes before and after."""
+    """Print the model, its structure, counts by pass, what is left in 16 bit, and the sizes."""
     options = Options.parse(raw_options)
     where, kind = choose_device(device), choose_dtype(dtype)
     if is_artifact(Path(model_name)):
@@ -29,11 +33,15 @@ def run(model_name: str, raw_options: Mapping[str, Any], *, device: str, dtype: 
     with steps() as shown:
         shown.start(f"Loading {model_name}")
         model = load_model(model_name, where, kind)
+        shown.start("Reading its structure")
+        structure = _structure(model)
         shown.start("Packing weights")
         found = survey(model, options, shown.update)
     before, after = _sizes(model, found)
     graphs = [graph_entry(report) for report in found.reports]
-    _show(f"{model_name}: {type(model).__name__}", len(found.weights), graphs, before, after)
+    print(f"{model_name}: {type(model).__name__}")
+    _show_structure(structure)
+    _show(len(found.weights), graphs, before, after)
 
 
 def size(count: int) -> str:
@@ -52,8 +60,8 @@ def _artifact(directory: Path) -> None:
     manifest.verify(directory)
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     title = f"{directory}: {manifest.architecture}, {len(manifest.files)} files verified"
+    print(title)
     _show(
-        title,
         len(manifest.weights),
         manifest.graphs,
         manifest.bytes_before,
@@ -79,8 +87,28 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _show(title: str, packed: int, graphs: list[dict[str, Any]], before: int, after: int) -> None:
-    print(title)
+def _structure(model: Any) -> ModelStructure | str:
+    """The structure, or why there is none: a model may be packed all the same."""
+    try:
+        return structure_of(model)
+    except Unsupported as error:
+        return str(error)
+
+
+def _show_structure(structure: ModelStructure | str) -> None:
+    if isinstance(structure, str):
+        print(f"structure: {structure}")
+        return
+    print(f"residual stream: {stream_line(structure)}")
+    table = Table(*COLUMNS)
+    for row in layer_rows(structure):
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+    for problem in (*structure.stream.problems, *structure.problems):
+        print(f"  {problem}")
+
+
+def _show(packed: int, graphs: list[dict[str, Any]], before: int, after: int) -> None:
     table = Table("graph", *graphs[0]["counts"])
     for graph in graphs:
         table.add_row(graph["graph"], *map(str, graph["counts"].values()))
