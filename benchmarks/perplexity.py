@@ -10,7 +10,6 @@ that shares no graph code: fp32, eager, weights and activations rounded by hooks
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import qoqc
+from qoqc.calibrate.perplexity import evaluate
+from qoqc.calibrate.windows import cut_windows, read_text
 from qoqc.quant.activation import quantize_act
 from qoqc.quant.kv import fake_quantize_kv
 from qoqc.quant.weight import dequantize_weight, quantize_weight
-
-
-def perplexity(model: Any, tokens: torch.Tensor, window: int) -> float:
-    """exp of the mean negative log likelihood over full windows of `tokens` int64 [T]."""
-    total, count = 0.0, 0
-    for chunk in tokens[: tokens.numel() // window * window].view(-1, window):
-        with torch.no_grad():
-            logits = model(input_ids=chunk[None], use_cache=False).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.float(), chunk[1:], reduction="sum")
-        total, count = total + float(loss), count + window - 1
-    return math.exp(total / count)
 
 
 def fake_quantize(model: Any, group_size: Any, kv_bits: int) -> None:
@@ -80,12 +70,11 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    text = args.text.read_text(encoding="utf-8")
-    tokens = tokenizer(text, return_tensors="pt").input_ids[0, : args.tokens].to(args.device)
+    windows = cut_windows(read_text(args.text), tokenizer, args.window, args.tokens)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     model.eval().to(args.device)
 
-    before = perplexity(model, tokens, args.window)
+    before = evaluate(model, windows).perplexity
     print(f"16 bit   {before:8.3f}")
     qoqc.compile(
         model,
@@ -94,13 +83,13 @@ def main() -> None:
         prefill_kv="quantized",
         glue=args.glue,
     )
-    after = perplexity(model, tokens, args.window)
+    after = evaluate(model, windows).perplexity
     print(f"W4A8KV{args.kv_bits} {after:8.3f}  {100 * (after / before - 1):+.2f} %")
     if args.reference:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         model.eval().to(args.device)
         fake_quantize(model, args.group_size, args.kv_bits)
-        rounded = perplexity(model, tokens, args.window)
+        rounded = evaluate(model, windows).perplexity
         print(f"reference {rounded:8.3f}  {100 * (rounded / before - 1):+.2f} %")
 
 

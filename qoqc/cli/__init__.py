@@ -1,4 +1,4 @@
-"""The command `qoqc`: compile, chat, inspect. One file per command; app.py declares them."""
+"""The command `qoqc`: compile, chat, inspect, eval. One file per command; app.py declares them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from qoqc.errors import QoqcError
 
 app = typer.Typer(
     name="qoqc",
-    help="W4A8KV4 for any Hugging Face decoder: pack, chat, inspect.",
+    help="W4A8KV4 for any Hugging Face decoder: pack, chat, inspect, evaluate.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -44,7 +44,7 @@ def root(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version")] = False,
 ) -> None:
-    """W4A8KV4 for any Hugging Face decoder: pack, chat, inspect."""
+    """W4A8KV4 for any Hugging Face decoder: pack, chat, inspect, evaluate."""
     if version:
         typer.echo(f"qoqc {qoqc.__version__}")
     elif ctx.invoked_subcommand is None:
@@ -98,11 +98,58 @@ def inspect_command(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """What qoqc makes of a model: counts by pass, what stays in 16 bit and why, sizes."""
+    """What qoqc makes of a model: structure, counts by pass, what stays in 16 bit, sizes."""
     from qoqc.cli.inspect import run  # noqa: PLC0415  slow to import, see above
 
     raw = {"group_size": group_size, "kv_bits": kv_bits, "exclude": exclude}
     run(model, raw, device=device, dtype=dtype)
+
+
+@app.command("eval")
+def eval_command(
+    model: AnyArgument,
+    text: Annotated[str, typer.Option(metavar="FILE", help="UTF-8 text to predict")],
+    seq: Annotated[int, typer.Option(min=2, help="Tokens per window")] = 1024,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Only the text's first tokens; default: all")
+    ] = None,
+    bos: Annotated[
+        str, typer.Option(help="tokenizer (once, as the paper), none, or window (in each)")
+    ] = "tokenizer",
+    plain: Annotated[bool, typer.Option("--plain", help="The model as it is, in 16 bit")] = False,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The 16-bit model to compare with")
+    ] = None,
+    max_ppl_increase: Annotated[
+        float | None,
+        typer.Option(metavar="PERCENT", help="Exit code 1 if it is above the baseline by more"),
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="128 or -1 = per channel; default: the artifact's, or 128")
+    ] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="4, 8 or 16; default: the artifact's, or 4")
+    ] = None,
+    prefill_kv: Annotated[
+        str, typer.Option(help="quantized, or exact = windows see 16-bit keys and values")
+    ] = "quantized",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    glue: Annotated[str, typer.Option(help="inductor, or eager = no compile time")] = "inductor",
+) -> None:
+    """Perplexity and bits per byte on a text; with a baseline its increase and the logit KL.
+
+    A model that is not an artifact is quantized first, by rounding to nearest; --plain leaves it.
+    """
+    from qoqc.cli.eval import Settings, run  # noqa: PLC0415  slow to import, see above
+
+    settings = Settings(text, seq, tokens, bos, plain, baseline, max_ppl_increase)
+    given = {"group_size": group_size, "kv_bits": kv_bits}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    raw = {**chosen, "prefill_kv": prefill_kv, "glue": glue}
+    code = run(model, settings, raw, device=device, dtype=dtype)
+    if code:
+        raise typer.Exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
