@@ -9,6 +9,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qoqc.codegen.build import build
 from qoqc.codegen.family import Family, Tile
@@ -58,14 +60,11 @@ def compile_for(family: Family, spec: Any, tile: Tile, size: int, arch: int) -> 
         whole = isinstance(value, int) and value % 16 == 0 and not param.do_not_specialize
         if isinstance(value, torch.Tensor) or whole:
             attributes[(index,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource if kernel.fn.is_gluon() else ASTSource
     return triton.compile(
-        ASTSource(kernel.fn, signature, {}, attributes),
+        source(kernel.fn, signature, {}, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
-            "enable_fp_fusion": family.fp_fusion,
-        },
+        options=family.options(tile),
     )
 
 
@@ -73,6 +72,9 @@ def _type_of(value: Any) -> str:
     """The type of a launch argument in Triton's signature language."""
     if isinstance(value, torch.Tensor):
         return _POINTERS[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        element = _POINTERS[value.base.dtype].removeprefix("*")
+        return f"tensordesc<{element}{list(value.block_shape)},{value.layout!r}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -15,11 +15,11 @@ from typing import Any
 
 import triton
 
-from qoqc.codegen.family import Family, Kernel, Tile
+from qoqc.codegen.family import Family, Kernel, Op, Tile, single
 from qoqc.codegen.kernels.attention_combine import ATTENTION_COMBINE
 from qoqc.codegen.kernels.attention_decode import ATTENTION_DECODE
 from qoqc.codegen.kernels.attention_prefill import ATTENTION_PREFILL
-from qoqc.codegen.kernels.gemm_w4a8 import GEMM_W4A8
+from qoqc.codegen.kernels.gemm_forms import GEMM
 from qoqc.codegen.kernels.kv_append import KV_APPEND
 from qoqc.codegen.kernels.quantize import QUANTIZE
 from qoqc.codegen.specialize import literal, specialize
@@ -29,17 +29,19 @@ from qoqc.log import dump, get_logger
 
 log = get_logger("codegen")
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        QUANTIZE,
-        GEMM_W4A8,
-        KV_APPEND,
-        ATTENTION_DECODE,
-        ATTENTION_COMBINE,
-        ATTENTION_PREFILL,
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        single(QUANTIZE),
+        GEMM,
+        single(KV_APPEND),
+        single(ATTENTION_DECODE),
+        single(ATTENTION_COMBINE),
+        single(ATTENTION_PREFILL),
     )
 }
+
+FAMILIES: dict[str, Family] = {form.name: form for op in OPS.values() for form in op.forms}
 
 _BUILT: dict[tuple[str, Any, Tile, Path], Kernel] = {}
 
@@ -127,7 +129,7 @@ def _build(family: Family, spec: Any, tile: Tile, folder: Path) -> Kernel:
     module = _load(path, source)
     log.debug("built %s", path.name)
     fn = getattr(module, family.template.fn.__name__)
-    return Kernel(fn, tile, path, source, family.fp_fusion)
+    return Kernel(fn, tile, path, source, family)
 
 
 def _publish(path: Path, source: str) -> None:

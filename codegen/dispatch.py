@@ -14,29 +14,29 @@ import torch
 import triton
 from torch import Tensor
 
-from qoqc.codegen import tune
-from qoqc.codegen.build import build, dump_kernels
-from qoqc.codegen.family import Family, Kernel
+from qoqc.codegen.build import OPS, build, dump_kernels
+from qoqc.codegen.family import Kernel, Op
 from qoqc.codegen.kernels import (
     attention,
     attention_combine,
     attention_decode,
     attention_prefill,
-    gemm_w4a8,
+    gemm,
     kv_append,
     quantize,
 )
+from qoqc.codegen.tuning import choose
 from qoqc.ir.spec import PAGE
 from qoqc.runtime.device import device_key
 
-_MODE: tune.Mode = "heuristic"
+_MODE: choose.Mode = "heuristic"
 _DUMP: str | None = None
 _KERNELS: dict[tuple[Any, ...], Kernel] = {}
 _INSTALLED: list[torch.library.Library] = []
 _LOCK = threading.Lock()
 
 
-def install(mode: tune.Mode = "heuristic", dump: str | None = None) -> None:
+def install(mode: choose.Mode = "heuristic", dump: str | None = None) -> None:
     """Put Triton kernels behind the qoqc ops for CUDA tensors. Later calls only set `mode`.
 
     dump  a directory for the sources of all kernels, those built so far and, since kernels are
@@ -67,17 +67,17 @@ def _late_bound(name: str) -> Callable[..., Any]:
     return call
 
 
-def kernel_for(family: Family, spec: Any, size: int, device: torch.device) -> Kernel:
+def kernel_for(op: Op, spec: Any, size: int, device: torch.device) -> Kernel:
     """The kernel for launches of about `size` tokens on `device`: a dict look-up, mostly."""
-    key = (family.name, spec, tune.bucket(size), device)
+    key = (op.name, spec, choose.bucket(size), device)
     kernel = _KERNELS.get(key)
     if kernel is None:
         if device.type != "cuda" and not triton.knobs.runtime.interpret:
             raise ValueError(
-                f"{family.name}: the kernel needs a CUDA device, got {device}; "
+                f"{op.name}: the kernel needs a CUDA device, got {device}; "
                 "set TRITON_INTERPRET=1 to run it in Triton's interpreter"
             )
-        tile = tune.choose(family, spec, size, device, _MODE)
+        family, tile = choose.choose(op, spec, size, device, _MODE)
         kernel = _KERNELS.setdefault(key, build(family, spec, tile))
         dump_kernels(_DUMP)
     return kernel
@@ -87,7 +87,7 @@ def quantize_act(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """qoqc::quantize_act by a generated kernel."""
     spec = quantize.spec_of(x)
     with torch.cuda.device_of(x):
-        kernel = kernel_for(quantize.QUANTIZE, spec, _tokens(x), x.device)
+        kernel = kernel_for(OPS["quantize"], spec, _tokens(x), x.device)
         return quantize.launch(kernel, x)
 
 
@@ -104,13 +104,13 @@ def w4a8_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """qoqc::w4a8_linear by a generated kernel."""
-    spec = gemm_w4a8.spec_of(xq, channel_scale, group_word, bias, residual, dtype)
+    call = gemm.call_of(
+        xq, token_scale, token_sum, qweight, channel_scale, group_word, channel_zero, bias,
+        residual, dtype,
+    )  # fmt: skip
     with torch.cuda.device_of(xq):
-        kernel = kernel_for(gemm_w4a8.GEMM_W4A8, spec, _tokens(xq), xq.device)
-        return gemm_w4a8.launch(
-            kernel, xq, token_scale, token_sum, qweight, channel_scale, group_word, channel_zero,
-            bias, residual, dtype,
-        )  # fmt: skip
+        kernel = kernel_for(OPS["w4a8_linear"], call.spec, call.tokens, xq.device)
+        return gemm.launch(kernel, call)
 
 
 def kv4_append(
@@ -126,7 +126,7 @@ def kv4_append(
     """qoqc::kv4_append by a generated kernel; tokens beyond the block table are dropped."""
     spec = kv_append.spec_of(k_pages, v_pages, kv_words, block_table, start, k, v, bits)
     with torch.cuda.device_of(k):
-        kernel = kernel_for(kv_append.KV_APPEND, spec, k.shape[2], k.device)
+        kernel = kernel_for(OPS["kv_append"], spec, k.shape[2], k.device)
         kv_append.launch(kernel, k_pages, v_pages, kv_words, block_table, start, k, v)
 
 
@@ -152,11 +152,11 @@ def kv4_attention(
     seq, device = q.shape[2], q.device
     with torch.cuda.device_of(q):
         if call.rows > attention_decode.MAX_ROWS:
-            kernel = kernel_for(attention_prefill.ATTENTION_PREFILL, spec, seq, device)
+            kernel = kernel_for(OPS["attention_prefill"], spec, seq, device)
             return attention_prefill.launch(kernel, call)
-        kernel = kernel_for(attention_decode.ATTENTION_DECODE, spec, seq, device)
+        kernel = kernel_for(OPS["attention_decode"], spec, seq, device)
         part, stat = attention_decode.launch(kernel, call, _sm_count(device))
-        combine = kernel_for(attention_combine.ATTENTION_COMBINE, spec, seq, device)
+        combine = kernel_for(OPS["attention_combine"], spec, seq, device)
         capacity = block_table.shape[1] * PAGE
         return attention_combine.launch(combine, part, stat, length, call.empty_out(), capacity)
 

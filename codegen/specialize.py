@@ -1,4 +1,4 @@
-"""From a `@triton.jit` template and the values of its constexprs to a module that runs alone.
+"""From a jitted template (Triton or Gluon) and its constexprs' values to a module that runs alone.
 
 Branches on bound constexprs are decided on the syntax tree and cut from the text, so formatting
 and comments of what stays survive. A pointer that a flag makes unused is still an argument: the
@@ -12,19 +12,22 @@ import builtins
 import inspect
 import json
 import math
+import sys
 import textwrap
 from collections.abc import Collection, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.jit import KernelInterface
+from triton.runtime.jit import JITCallable, KernelInterface
 
 from qoqc.codegen.decide import UNKNOWN, evaluate
 from qoqc.codegen.prune import Pruner
 
 IMPORTS = "import torch\nimport triton\nimport triton.language as tl"
+_JITTED = (JITCallable, KernelInterface)  # the second where Triton interprets
 _MODULES = {"torch": torch, "triton": triton, "tl": tl}
 
 
@@ -32,15 +35,19 @@ def specialize(template: Any, constexprs: Mapping[str, Any]) -> str:
     """The source of a module with `template`, its constexprs bound, and all it calls.
 
     `constexprs` names every parameter of the template annotated `tl.constexpr`. Values are bool,
-    int, float, str, None or a Triton dtype. The module imports torch, triton and triton.language.
-    Raises ValueError for missing or unknown names, and for a global the module could not hold.
+    int, float, str, None or a Triton dtype. The module imports torch, triton, triton.language and
+    what else of Triton it needs. Raises ValueError for missing or unknown names, and for a global
+    the module could not hold.
     """
     body = _bind(template, constexprs)
     pieces: dict[str, tuple[Any, str]] = {}
     _collect(body, template.fn, pieces)
     constants = [text for owner, text in pieces.values() if isinstance(owner, tl.constexpr)]
-    helpers = [text for owner, text in pieces.values() if not isinstance(owner, tl.constexpr)]
-    top = "\n\n".join([IMPORTS, *(["\n".join(constants)] if constants else [])])
+    helpers = [text for owner, text in pieces.values() if isinstance(owner, _JITTED)]
+    known = (tl.constexpr, *_JITTED)
+    imports = [text for owner, text in pieces.values() if not isinstance(owner, known)]
+    head = "\n".join([IMPORTS, *_merged(imports)])
+    top = "\n\n".join([head, *(["\n".join(constants)] if constants else [])])
     return "\n\n\n".join([top, *helpers, body]) + "\n"
 
 
@@ -132,23 +139,49 @@ def _collect(text: str, fn: Any, pieces: dict[str, tuple[Any, str]]) -> None:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Name) or node.id in local or hasattr(builtins, node.id):
             continue
-        name, value = node.id, fn.__globals__.get(node.id)
+        # the lines that bind constexprs say `tl`, whether the template's module knows it or not
+        name, value = node.id, fn.__globals__.get(node.id, _MODULES.get(node.id))
         if name in pieces:
             if pieces[name][0] is not value:
                 raise ValueError(
                     f"{tree.name}: two different globals are called {name}; rename one"
                 )
-        elif isinstance(value, KernelInterface):
+        elif isinstance(value, _JITTED):
             helper = source_of(value)
             _collect(helper, value.fn, pieces)
             pieces[name] = (value, helper)
         elif isinstance(value, tl.constexpr):
             pieces[name] = (value, f"{name} = tl.constexpr({literal(value)})")
         elif value is not _MODULES.get(name) or value is None:
-            raise ValueError(
-                f"{tree.name} uses the global {name} = {value!r}; a template may use torch, "
-                "triton, tl, jitted helpers and module-level tl.constexpr values"
-            )
+            line = _import_of(name, value)
+            if line is None:
+                raise ValueError(
+                    f"{tree.name} uses the global {name} = {value!r}; a template may use torch, "
+                    "triton and what is in it, jitted helpers and module-level tl.constexpr values"
+                )
+            pieces[name] = (value, line)
+
+
+def _merged(lines: Collection[str]) -> list[str]:
+    """`from A import b` lines, those from one module as one."""
+    names: dict[str, list[str]] = {}
+    for line in sorted(lines):
+        module, _, name = line.removeprefix("from ").partition(" import ")
+        names.setdefault(module, []).append(name)
+    return [f"from {module} import {', '.join(found)}" for module, found in names.items()]
+
+
+def _import_of(name: str, value: Any) -> str | None:
+    """The line that imports a module or function of triton's under the name it has here."""
+    whole = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    if not isinstance(whole, str) or whole.split(".")[0] != "triton":
+        return None
+    if isinstance(value, ModuleType):
+        parent, _, own = whole.rpartition(".")
+        return f"from {parent} import {own}" + (f" as {name}" if own != name else "")
+    if getattr(sys.modules[whole], name, None) is not value:
+        return None
+    return f"from {whole} import {name}"
 
 
 def drop_parameters(head: str, names: Collection[str]) -> str:

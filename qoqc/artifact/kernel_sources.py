@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from qoqc.codegen.build import FAMILIES, generate
+from qoqc.codegen.build import OPS, generate
 from qoqc.codegen.kernels import attention, attention_decode
 from qoqc.codegen.kernels.quantize import QuantizeSpec
+from qoqc.codegen.tuning.choose import known
 from qoqc.ir import ops
 from qoqc.ir.spec import LinearSpec
 from qoqc.passes.match import argument, example, is_call
@@ -31,9 +32,9 @@ SIZES = (1, 16, 512)
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """A kernel a graph needs: the name of its family and its spec."""
+    """A kernel a graph needs: what the tuner calls its op, and its spec."""
 
-    family: str
+    op: str
     spec: Any
 
 
@@ -46,7 +47,7 @@ def wanted(gm: GraphModule) -> list[Wanted]:
             found[Wanted("quantize", QuantizeSpec(int(x.shape[-1]), x.dtype))] = None
         spec = node.meta.get("qoqc")
         if isinstance(spec, LinearSpec):
-            found[Wanted("gemm_w4a8", spec)] = None
+            found[Wanted("w4a8_linear", spec)] = None
         if is_call(node, ops.kv4_append):
             k_pages, v_pages, kv_words, table = (example(arg) for arg in node.args[:4])
             bits: Any = argument(node, 7, "bits")
@@ -79,9 +80,8 @@ def sources(kernels: Sequence[Wanted], device: torch.device) -> dict[str, str]:
     keys = (device_key(device),) if device.type == "cuda" else NOMINAL
     texts: dict[str, str] = {}
     for kernel in kernels:
-        family = FAMILIES[kernel.family]
-        tiles = {family.heuristic(kernel.spec, size, key): None for key in keys for size in SIZES}
-        for tile in tiles:
+        choices = (known(OPS[kernel.op], kernel.spec, size, key) for key in keys for size in SIZES)
+        for family, tile in choices:
             text = generate(family, kernel.spec, tile)
             texts[f"{family.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.py"] = text
     return texts

@@ -21,6 +21,7 @@ from qoqc.artifact.folder import checksum
 from qoqc.artifact.load import load_model
 from qoqc.artifact.manifest import FORMAT, KERNELS, PATH, WEIGHTS, Manifest
 from qoqc.artifact.packed_file import PackedFile
+from qoqc.codegen.kernels.gemm_forms import GEMM
 from qoqc.config import Options
 from qoqc.errors import ArtifactError, Unsupported
 from qoqc.runtime.weights import STORE
@@ -132,7 +133,7 @@ def test_kernels_are_there_for_every_shape(saved: tuple[Path, list[int]]) -> Non
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
             if node.targets[0].id in ("SPEC", "TILE")
         }
-        if file.name.startswith("gemm_w4a8"):
+        if file.name.startswith("gemm_"):
             spec = assigned["SPEC"]
             shapes.add((spec["in_features"], spec["out_features"]))
     # q+k+v, o, gate+up, down
@@ -140,7 +141,9 @@ def test_kernels_are_there_for_every_shape(saved: tuple[Path, list[int]]) -> Non
     families = {file.name.rsplit("-", 1)[0] for file in files}
     # the prefill of an empty cache attends to its own keys: no kernel of ours
     attention = {"kv_append", "attention_decode", "attention_combine"}
-    assert families == {"gemm_w4a8", "quantize"} | attention
+    gemms = {form.name for form in GEMM.forms} & families
+    assert gemms
+    assert families == gemms | {"quantize"} | attention
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json", PATH])

@@ -37,13 +37,45 @@ def cases(arch: int) -> Iterator[tuple[str, Any, int]]:
     hopper = arch == 90
     formats: tuple[Literal[128, -1], ...] = (128, -1)
     for group_size, tokens in itertools.product(formats, (16, 64, 1024) if hopper else (1024,)):
-        yield "gemm_w4a8", LinearSpec(4096, 6144, group_size, torch.bfloat16), tokens
+        yield "gemm_plain", LinearSpec(4096, 6144, group_size, torch.bfloat16), tokens
     for group_size in formats:
-        yield "gemm_w4a8", LinearSpec(4096, 4096, group_size, torch.float16, True, True), 64
-        yield "gemm_w4a8", LinearSpec(328, 201, group_size, torch.bfloat16, True, True), 128
+        yield "gemm_plain", LinearSpec(4096, 4096, group_size, torch.float16, True, True), 64
+        yield "gemm_plain", LinearSpec(328, 201, group_size, torch.bfloat16, True, True), 128
+    yield from gemm_ways_cases(hopper)
+    if hopper:
+        for group_size, tokens in itertools.product(formats, (1, 16, 32, 64, 128, 256, 1024)):
+            spec = LinearSpec(4096, 6144, group_size, torch.bfloat16)
+            yield "gemm_hopper", spec, tokens
+        for group_size, tokens in itertools.product(formats, (64, 1024)):
+            spec = LinearSpec(4096, 4096, group_size, torch.float16, True, True)
+            yield "gemm_hopper", spec, tokens
     for features in (128, 300, 4096, 14336, 20000) if hopper else (4096,):
         yield "quantize", QuantizeSpec(features, torch.bfloat16), 1024
     yield from attention_cases(hopper)
+
+
+def gemm_ways_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
+    """Few tokens: whole steps and k tiles that the ways do not share evenly, with tails."""
+    formats: tuple[Literal[128, -1], ...] = (128, -1)
+    for group_size, tokens in itertools.product(formats, (1, 16, 32) if hopper else (16,)):
+        yield "gemm_ways", LinearSpec(4096, 4096, group_size, torch.bfloat16), tokens
+    for group_size in formats:
+        yield "gemm_ways", LinearSpec(4224, 28672, group_size, torch.float16, True, True), 16
+        yield "gemm_ways", LinearSpec(1096, 201, group_size, torch.bfloat16, True, True), 8
+
+
+def mma_warps(ttgir: str) -> list[list[int]]:
+    """How many warps lie along each axis of the tensor core layouts."""
+    found = re.findall(r"#ttg\.nvidia_mma<.*?warpsPerCTA = \[([\d, ]+)\]", ttgir)
+    return [[int(count) for count in text.split(",")] for text in sorted(set(found))]
+
+
+def async_copies(ttgir: str) -> list[str]:
+    """Shapes and types of what is copied to shared memory while the block computes."""
+    found = re.findall(
+        r"ttg\.async_copy_global_to_local.* : tensor<([x\d]+)x!tt\.ptr<(\w+)>", ttgir
+    )
+    return sorted({f"{shape}x{kind}" for shape, kind in found})
 
 
 def ptx_layouts(ttgir: str) -> list[str]:
@@ -114,7 +146,10 @@ def facts_of(case: tuple[DeviceKey, tuple[str, Any, int]]) -> str:
         "wgmma": len(re.findall(r"wgmma\.mma_async\S*\.s32\.s8\.s8", ptx)),
         "mma": len(re.findall(r"mma\.sync\.aligned\.m16n8k32.*\.s32\.s8\.s8\.s32", ptx)),
         "ptx_layouts": ptx_layouts(compiled.asm["ttgir"]),
+        "mma_warps": mma_warps(compiled.asm["ttgir"]),
+        "ldmatrix": ptx.count("ldmatrix.sync"),
         "async_copies": ptx.count("cp.async.c"),
+        "async_shapes": async_copies(compiled.asm["ttgir"]),
         **usage(compiled.asm["cubin"]),
     }
     return json.dumps(facts)

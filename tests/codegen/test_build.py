@@ -14,7 +14,9 @@ import triton
 from qoqc.codegen import build as building
 from qoqc.codegen.build import FAMILIES, build, built_kernels, dump_kernels, generate
 from qoqc.codegen.family import Family, Tile
-from qoqc.codegen.kernels.gemm_w4a8 import GEMM_W4A8
+from qoqc.codegen.kernels.gemm_hopper_tiles import GEMM_HOPPER
+from qoqc.codegen.kernels.gemm_plain import GEMM_PLAIN
+from qoqc.codegen.kernels.gemm_ways import GEMM_WAYS
 from qoqc.codegen.kernels.quantize import QUANTIZE, QuantizeSpec, launch
 from qoqc.ir.spec import LinearSpec
 from qoqc.quant.activation import quantize_act
@@ -29,18 +31,32 @@ GOLDEN = Path(__file__).parent / "golden"
 GOLDENS: dict[str, tuple[Family, object, int, DeviceKey]] = {
     "quantize": (QUANTIZE, QuantizeSpec(4096, torch.bfloat16), 16, H200),
     "quantize_loop": (QUANTIZE, QuantizeSpec(20000, torch.float16), 16, H200),
-    "gemm_g128": (GEMM_W4A8, LinearSpec(4096, 4096, 128, torch.bfloat16), 16, H200),
+    "gemm_g128": (GEMM_PLAIN, LinearSpec(4096, 4096, 128, torch.bfloat16), 16, H200),
     "gemm_per_channel_bias_residual": (
-        GEMM_W4A8,
+        GEMM_PLAIN,
         LinearSpec(4096, 4096, -1, torch.float16, has_bias=True, has_residual=True),
         4096,
         H200,
     ),
+    "gemm_hopper_g128": (GEMM_HOPPER, LinearSpec(4096, 4096, 128, torch.bfloat16), 64, H200),
+    "gemm_hopper_per_channel_bias_residual": (
+        GEMM_HOPPER,
+        LinearSpec(4096, 28672, -1, torch.float16, has_bias=True, has_residual=True),
+        4096,
+        H200,
+    ),
     "gemm_tails_interpreted": (
-        GEMM_W4A8,
+        GEMM_PLAIN,
         LinearSpec(200, 72, 128, torch.bfloat16, has_bias=True),
         4,
         INTERPRETER,
+    ),
+    "gemm_ways_g128": (GEMM_WAYS, LinearSpec(4096, 4096, 128, torch.bfloat16), 1, H200),
+    "gemm_ways_tails": (
+        GEMM_WAYS,
+        LinearSpec(1096, 201, -1, torch.float16, has_bias=True, has_residual=True),
+        16,
+        H200,
     ),
 }
 
@@ -133,19 +149,22 @@ def test_goldens_have_no_stray_files() -> None:
 def test_generated_files_import_nothing_else(name: str) -> None:
     tree = ast.parse((GOLDEN / f"{name}.py").read_text())
     imports = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
-    assert [ast.unparse(n) for n in imports] == [
-        "import torch",
-        "import triton",
-        "import triton.language as tl",
-    ]
+    always = ["import torch", "import triton", "import triton.language as tl"]
+    assert [ast.unparse(n) for n in imports[:3]] == always
+    further = [n.module for n in imports[3:] if isinstance(n, ast.ImportFrom)]
+    assert len(further) == len(imports) - 3
+    assert all(str(module).startswith("triton.") for module in further)
+    assert bool(further) == ("hopper" in name)
 
 
 @pytest.mark.parametrize(
     ("family", "spec"),
     [
         (QUANTIZE, SPEC),
-        (GEMM_W4A8, LinearSpec(200, 72, 128, torch.bfloat16, has_bias=True)),
-        (GEMM_W4A8, LinearSpec(128, 130, -1, torch.float32, has_residual=True)),
+        (GEMM_PLAIN, LinearSpec(200, 72, 128, torch.bfloat16, has_bias=True)),
+        (GEMM_PLAIN, LinearSpec(128, 130, -1, torch.float32, has_residual=True)),
+        (GEMM_WAYS, LinearSpec(200, 72, 128, torch.bfloat16, has_bias=True)),
+        (GEMM_WAYS, LinearSpec(640, 130, -1, torch.float32, has_residual=True)),
     ],
 )
 def test_a_generated_file_checks_itself(

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qoqc.codegen import dispatch, tune
-from qoqc.codegen.kernels.quantize import QUANTIZE, QuantizeSpec
+from qoqc.codegen import dispatch
+from qoqc.codegen.build import OPS
+from qoqc.codegen.kernels.quantize import QuantizeSpec
+from qoqc.codegen.tuning import choose as choosing
 from qoqc.ir import ops
 from qoqc.quant.activation import quantize_act
 from qoqc.quant.weight import quantize_weight
@@ -45,13 +47,13 @@ def test_a_kernel_is_chosen_once_per_spec_bucket_and_device(
     fresh: None, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     asked: list[int] = []
-    genuine = tune.choose
+    genuine = choosing.choose
 
-    def choose(family, spec, size, device, mode):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def choose(op, spec, size, device, mode):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         asked.append(size)
-        return genuine(family, spec, size, device, mode)
+        return genuine(op, spec, size, device, mode)
 
-    monkeypatch.setattr(tune, "choose", choose)
+    monkeypatch.setattr(choosing, "choose", choose)
     for tokens in (3, 4, 5, 8, 3):
         dispatch.quantize_act(torch.randn(tokens, 24, device=device))
     assert asked == [3, 5]
@@ -74,18 +76,18 @@ def test_kernels_built_after_install_are_dumped(
 def test_another_mode_chooses_again(
     fresh: None, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    asked: list[tune.Mode] = []
+    asked: list[choosing.Mode] = []
 
-    def choose(family, spec, size, device, mode):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def choose(op, spec, size, device, mode):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         asked.append(mode)
-        return QUANTIZE.heuristic(spec, size, device_key(device))
+        return op.heuristic(spec, size, device_key(device))
 
-    monkeypatch.setattr(tune, "choose", choose)
+    monkeypatch.setattr(choosing, "choose", choose)
     spec = QuantizeSpec(24, torch.float32)
     for mode in ("heuristic", "search"):
         dispatch.install(mode)
-        dispatch.kernel_for(QUANTIZE, spec, 1, device)
-        dispatch.kernel_for(QUANTIZE, spec, 1, device)
+        dispatch.kernel_for(OPS["quantize"], spec, 1, device)
+        dispatch.kernel_for(OPS["quantize"], spec, 1, device)
     assert asked == ["heuristic", "search"]
 
 

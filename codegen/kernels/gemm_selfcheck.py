@@ -1,11 +1,13 @@
-"""The `main()` of a generated GEMM file: check against torch, then time."""
+"""The `main()` of a generated GEMM file: check against torch, then time. For every form."""
 
 from __future__ import annotations
 
-SELFCHECK = """
+import textwrap
+
+_MAIN = """
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if TILE["PTX"] and device == "cpu":
+    if TILE.get("PTX", 1) and device == "cpu":
         raise SystemExit("this kernel holds PTX: run it on a machine with a GPU")
     n, k, grouped = SPEC["out_features"], SPEC["in_features"], SPEC["group_size"] == 128
     dtype = getattr(torch, SPEC["dtype"])
@@ -37,11 +39,20 @@ def main():
         arguments = [t.to(device) for t in (*tensors, residual)]
 
         def run():
-            grid = (triton.cdiv(m, TILE["BLOCK_M"]) * triton.cdiv(n, TILE["BLOCK_N"]),)
-            gemm_w4a8_kernel[grid](*arguments, y, m, **options)
+            # launch
 
         run()
         assert torch.equal(y.cpu(), want.to(dtype)), f"m={m}: wrong result"
         took = f"{triton.testing.do_bench(run) * 1e3:.1f} us" if device == "cuda" else "interpreted"
         print(f"m={m} n={n} k={k} group_size={SPEC['group_size']}: equal to torch, {took}")
 """
+
+
+def selfcheck(launch: str) -> str:
+    """The source of `main()` for a form.
+
+    `launch` are the lines that run the kernel on `arguments` (xq, token_scale, token_sum, qweight,
+    channel_scale, group words or channel zeros, bias, residual; the last two always given), `y`,
+    `m` with Triton's `options`; they see `n`, `k`, `grouped`, SPEC and TILE too.
+    """
+    return _MAIN.replace("            # launch\n", textwrap.indent(launch.lstrip("\n"), " " * 12))

@@ -1,12 +1,8 @@
-"""The W4A8 GEMM: y[M, N] = (xq[M, K] @ w[N, K].T) * channel_scale * token_scale + bias + residual.
-
-xq int8, w as packed tiles (quant/pack.py) with group words or channel zeros (quant/weight.py),
-int32 sums over all of K, then an fp32 epilogue in the order of reference.int8_linear, so that
-the result equals the reference bit for bit. No split along K.
+"""The plain Triton form of the W4A8 GEMM (kernels/gemm.py says what it computes), for any GPU.
 
 The weights are operand A: unpacked in registers they feed the tensor cores from there (register-A
 wgmma on sm_90), where as operand B they would go through shared memory again. So a block computes
-y transposed, acc [BLOCK_N, BLOCK_M].
+y transposed, acc [BLOCK_N, BLOCK_M], over all of K: no split.
 """
 
 from __future__ import annotations
@@ -18,11 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from qoqc.codegen.family import Family, Launch, Tile, Trial
-from qoqc.codegen.kernels.gemm_w4a8_selfcheck import SELFCHECK
+from qoqc.codegen.family import Family, Launch, Tile
+from qoqc.codegen.kernels.gemm import GemmCall
+from qoqc.codegen.kernels.gemm_selfcheck import selfcheck
+from qoqc.codegen.kernels.gemm_trial import trial_with
 from qoqc.codegen.kernels.pieces import (
     INTERPRETED_DEVICE,
-    check_device,
     dequantize_group,
     dequantize_group_ptx,
     grouped_tile,
@@ -30,7 +27,8 @@ from qoqc.codegen.kernels.pieces import (
     unpack_int4,
     unpack_int4_ptx,
 )
-from qoqc.ir.spec import GROUP, OUTPUT_DTYPES, TILE_N, LinearSpec
+from qoqc.codegen.roofline import Work, gemm_work
+from qoqc.ir.spec import GROUP, TILE_N, LinearSpec
 from qoqc.quant.pack import ceil_div
 from qoqc.runtime.device import DeviceKey
 
@@ -40,7 +38,7 @@ TILE_BYTES = tl.constexpr(TILE_N * GROUP // 2)
 
 
 @triton.jit(do_not_specialize=["M"])
-def gemm_w4a8_kernel(
+def gemm_plain_kernel(
     xq_ptr,  # [M, K] int8
     token_scale_ptr,  # [M] fp32
     token_sum_ptr,  # [M] int32, read per channel only
@@ -130,119 +128,28 @@ def gemm_w4a8_kernel(
     tl.store(y_ptr + first_m * N + offs_y, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def spec_of(
-    xq: torch.Tensor,
-    channel_scale: torch.Tensor,
-    group_word: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> LinearSpec:
-    """The spec of a call."""
-    return LinearSpec(
-        in_features=xq.shape[-1],
-        out_features=channel_scale.shape[0],
-        group_size=-1 if group_word is None else 128,
-        dtype=dtype,
-        has_bias=bias is not None,
-        has_residual=residual is not None,
+def start(kernel: Launch, call: GemmCall, y: torch.Tensor) -> None:
+    """Launch on checked tensors, see GemmCall; `y` has at least one element."""
+    tile = kernel.tile
+    n = call.channel_scale.shape[0]
+    grid = (ceil_div(call.tokens, tile["BLOCK_M"]) * ceil_div(n, tile["BLOCK_N"]),)
+    kernel(
+        grid,
+        call.xq,
+        call.token_scale,
+        call.token_sum,
+        call.qweight,
+        call.channel_scale,
+        call.word,
+        call.channel_scale if call.bias is None else call.bias,
+        y if call.residual is None else call.residual,
+        y,
+        call.tokens,
     )
 
 
-def launch(
-    kernel: Launch,
-    xq: torch.Tensor,
-    token_scale: torch.Tensor,
-    token_sum: torch.Tensor,
-    qweight: torch.Tensor,
-    channel_scale: torch.Tensor,
-    group_word: torch.Tensor | None,
-    channel_zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """y [..., N] of `dtype`; arguments as in qoqc::w4a8_linear.
-
-    Tensors that are not contiguous are copied first. Raises ValueError where shapes, dtypes or
-    devices do not fit each other.
-    """
-    check(
-        xq, token_scale, token_sum, qweight, channel_scale, group_word, channel_zero, bias,
-        residual, dtype,
-    )  # fmt: skip
-    n = channel_scale.shape[0]
-    y = torch.empty((*xq.shape[:-1], n), dtype=dtype, device=xq.device)
-    tokens = token_scale.numel()
-    if y.numel():
-        word = group_word if group_word is not None else channel_zero
-        assert word is not None
-        tile = kernel.tile
-        grid = (ceil_div(tokens, tile["BLOCK_M"]) * ceil_div(n, tile["BLOCK_N"]),)
-        kernel(
-            grid,
-            xq.contiguous(),
-            token_scale.contiguous(),
-            token_sum.contiguous(),
-            qweight.contiguous(),
-            channel_scale.contiguous(),
-            word.contiguous(),
-            channel_scale if bias is None else bias.contiguous(),
-            y if residual is None else residual.contiguous(),
-            y,
-            tokens,
-        )
-    return y
-
-
-def check(
-    xq: torch.Tensor,
-    token_scale: torch.Tensor,
-    token_sum: torch.Tensor,
-    qweight: torch.Tensor,
-    channel_scale: torch.Tensor,
-    group_word: torch.Tensor | None,
-    channel_zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> None:
-    """Raise ValueError, with the numbers, where the arguments of w4a8_linear disagree."""
-    check_device(
-        "w4a8_linear", xq=xq, token_scale=token_scale, token_sum=token_sum, qweight=qweight,
-        channel_scale=channel_scale, group_word=group_word, channel_zero=channel_zero, bias=bias,
-        residual=residual,
-    )  # fmt: skip
-    if (group_word is None) == (channel_zero is None):
-        raise ValueError("w4a8_linear takes group_word (g128) or channel_zero (per channel): one")
-    if dtype not in OUTPUT_DTYPES:
-        raise ValueError(f"w4a8_linear gives bfloat16, float16 or float32, not {dtype}")
-    tokens, k, n = xq.shape[:-1], xq.shape[-1], channel_scale.shape[0]
-    k_tiles = ceil_div(k, GROUP)
-    _expect("xq", xq, (torch.int8,), (*tokens, k))
-    _expect("token_scale", token_scale, (torch.float32,), tokens)
-    _expect("token_sum", token_sum, (torch.int32,), tokens)
-    _expect("qweight", qweight, (torch.uint8,), (ceil_div(n, TILE_N), k_tiles, TILE_N, GROUP // 2))
-    _expect("channel_scale", channel_scale, (torch.float32,), (n,))
-    _expect("group_word", group_word, (torch.int32,), (k_tiles, n))
-    _expect("channel_zero", channel_zero, (torch.int32,), (n,))
-    _expect("bias", bias, OUTPUT_DTYPES, (n,))
-    _expect("residual", residual, OUTPUT_DTYPES, (*tokens, n))
-
-
-def _expect(
-    name: str, tensor: torch.Tensor | None, dtypes: Sequence[torch.dtype], shape: Sequence[int]
-) -> None:
-    if tensor is not None and (tensor.dtype not in dtypes or tensor.shape != shape):
-        wanted = " or ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(
-            f"w4a8_linear: {name} must be {wanted} {tuple(shape)}, "
-            f"got {tensor.dtype} {tuple(tensor.shape)}"
-        )
-
-
 def bind(spec: LinearSpec, tile: Tile) -> dict[str, Any]:
-    """The constexprs of `gemm_w4a8_kernel`."""
+    """The constexprs of `gemm_plain_kernel`."""
     return {
         "N": spec.out_features,
         "K": spec.in_features,
@@ -282,18 +189,23 @@ def heuristic(spec: LinearSpec, size: int, device: DeviceKey) -> Tile:
 
 
 def candidates(spec: LinearSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
-    """Blocks up to twice the tokens, by channels, warps and stages."""
+    """Blocks that hold the tokens or half of them, by channels, warps and stages."""
     tiles = {heuristic(spec, size, device): None}
-    widest = max(16, triton.next_power_of_2(size))
-    for block_m in (16, 32, 64, 128):
-        if block_m > widest or block_m * 4 < min(widest, 128):
-            continue
+    widest = min(128, max(16, triton.next_power_of_2(size)))
+    for block_m in sorted({widest, max(16, widest // 2)}):
         # 64 channels by 8 warps are left out: Triton gives the two dots of a step different warp
         # layouts on sm_90 and moves the accumulator between them through shared memory
         for block_n, num_warps in ((32, 4), (32, 8), (64, 4), (128, 4), (128, 8)):
-            for num_stages in (3, 4, 6, 8, 12):
-                if block_m * block_n >= num_warps * 128:
-                    tiles[tile_of(block_m, block_n, num_warps, num_stages, device)] = None
+            if block_m * block_n < num_warps * 128:
+                continue
+            deepest = None
+            for num_stages in (12, 8, 6, 4, 3):
+                tile = tile_of(block_m, block_n, num_warps, num_stages, device)
+                if shared_bytes(spec, tile) <= device.shared_bytes:
+                    deepest = deepest or tile
+                    # few stages leave room for a second block on the SM
+                    if tile is deepest or num_stages == 3:
+                        tiles[tile] = None
     return tuple(tiles)
 
 
@@ -305,41 +217,25 @@ def shared_bytes(spec: LinearSpec, tile: Tile) -> int:
     return max(tile.num_stages * stage, 4 * block_m * block_n)
 
 
-def trial(spec: LinearSpec, size: int, device: torch.device) -> Trial:
-    """Multiply `size` random tokens with a random weight."""
-    generator = torch.Generator(device).manual_seed(0)
-    n, k = spec.out_features, spec.in_features
-    n_tiles, k_tiles = ceil_div(n, TILE_N), ceil_div(k, GROUP)
-
-    def integers(low: int, high: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.randint(low, high, shape, generator=generator, dtype=dtype, device=device)
-
-    def floats(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator, device=device)
-
-    xq = integers(-127, 128, (size, k), torch.int8)
-    # zero = 8: every scale up to 16 keeps zero * scale <= 128 and (15 - zero) * scale <= 127
-    scale = integers(1, 17, (k_tiles, n), torch.int32)
-    grouped = spec.group_size == GROUP
-    arguments: list[Any] = [
-        xq,
-        floats(size) * 0.01,
-        xq.sum(1, dtype=torch.int32),
-        integers(0, 256, (n_tiles, k_tiles, TILE_N, GROUP // 2), torch.uint8),
-        floats(n) * 0.01,
-        scale | ((128 - 8 * scale) << 8) if grouped else None,
-        None if grouped else integers(0, 16, (n,), torch.int32),
-        floats(n).to(spec.dtype) if spec.has_bias else None,
-        floats(size, n).to(spec.dtype) if spec.has_residual else None,
-        spec.dtype,
-    ]
-
-    def run(kernel: Launch) -> tuple[torch.Tensor, ...]:
-        return (launch(kernel, *arguments),)
-
-    return run
+def work(spec: LinearSpec, tile: Tile, device: DeviceKey) -> Work:
+    """What the blocks of a tile do together."""
+    return gemm_work(spec, tile["BLOCK_M"], tile["BLOCK_N"])
 
 
-GEMM_W4A8 = Family(
-    "gemm_w4a8", gemm_w4a8_kernel, bind, heuristic, candidates, SELFCHECK, trial, shared_bytes
+SELFCHECK_LAUNCH = """
+grid = (triton.cdiv(m, TILE["BLOCK_M"]) * triton.cdiv(n, TILE["BLOCK_N"]),)
+gemm_plain_kernel[grid](*arguments, y, m, **options)
+"""
+
+GEMM_PLAIN = Family(
+    "gemm_plain",
+    gemm_plain_kernel,
+    bind,
+    heuristic,
+    candidates,
+    selfcheck(SELFCHECK_LAUNCH),
+    trial_with(start),
+    shared_bytes,
+    start=start,
+    work=work,
 )

@@ -7,28 +7,30 @@ import torch
 
 from qoqc.codegen import dispatch
 from qoqc.codegen.build import build
-from qoqc.codegen.kernels.gemm_w4a8 import (
-    GEMM_W4A8,
-    candidates,
-    heuristic,
-    launch,
-    shared_bytes,
-)
+from qoqc.codegen.family import Family
+from qoqc.codegen.kernels.gemm import call_of, launch
+from qoqc.codegen.kernels.gemm_forms import GEMM
+from qoqc.codegen.tuning.choose import bucket
 from qoqc.ir import ops
 from qoqc.ir.reference import int8_linear
 from qoqc.ir.spec import OUTPUT_DTYPES, LinearSpec
 from qoqc.quant.activation import quantize_act
 from qoqc.quant.weight import concat_rows, expand_int8, quantize_weight, rows
-from qoqc.runtime.device import DeviceKey, device_key
+from qoqc.runtime.device import device_key
 
 GroupSize = Literal[128, -1]
 FORMATS: tuple[GroupSize, ...] = (128, -1)
 WEIGHT = ("xq", "qweight", "channel_scale", "group_word", "channel_zero")
-DEVICES = (
-    DeviceKey("A100", 80, 108, 163 * 1024),
-    DeviceKey("L40S", 89, 142, 99 * 1024),
-    DeviceKey("H200", 90, 132, 227 * 1024),
-)
+
+
+@pytest.fixture(params=GEMM.forms, ids=lambda form: form.name)
+def form(request: pytest.FixtureRequest, device: torch.device) -> Family:
+    """Every form of the GEMM that runs on the device."""
+    family: Family = request.param
+    reason = family.refuses(LinearSpec(128, 128, 128, torch.bfloat16), device_key(device))
+    if reason:
+        pytest.skip(reason)
+    return family
 
 
 def arguments(
@@ -74,8 +76,17 @@ def moved(args: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
 
 
-def assert_equal_to_twin(args: dict[str, Any], device: torch.device) -> None:
-    got, want = dispatch.w4a8_linear(**moved(args, device)), reference(args)
+def multiply(form: Family, args: dict[str, Any], device: torch.device) -> torch.Tensor:
+    """The product by a form, with the tile its heuristic takes; a form may refuse the spec."""
+    call, key = call_of(**moved(args, device)), device_key(device)
+    if reason := form.refuses(call.spec, key):
+        pytest.skip(reason)
+    tile = form.heuristic(call.spec, bucket(call.tokens), key)
+    return launch(build(form, call.spec, tile), call)
+
+
+def assert_equal_to_twin(form: Family, args: dict[str, Any], device: torch.device) -> None:
+    got, want = multiply(form, args, device), reference(args)
     assert (got.shape, got.dtype) == (want.shape, want.dtype)
     torch.testing.assert_close(got.to(want.device), want, rtol=0, atol=0, equal_nan=True)
 
@@ -98,8 +109,10 @@ def assert_equal_to_twin(args: dict[str, Any], device: torch.device) -> None:
         (3, 7, 0),
     ],
 )
-def test_shapes(m: int, n: int, k: int, group_size: GroupSize, device: torch.device) -> None:
-    assert_equal_to_twin(arguments(m, n, k, group_size), device)
+def test_shapes(
+    form: Family, m: int, n: int, k: int, group_size: GroupSize, device: torch.device
+) -> None:
+    assert_equal_to_twin(form, arguments(m, n, k, group_size), device)
 
 
 @pytest.mark.parametrize("group_size", FORMATS)
@@ -107,49 +120,54 @@ def test_shapes(m: int, n: int, k: int, group_size: GroupSize, device: torch.dev
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_epilogues(
-    group_size: GroupSize, dtype: torch.dtype, bias: bool, residual: bool, device: torch.device
+    form: Family,
+    group_size: GroupSize,
+    dtype: torch.dtype,
+    bias: bool,
+    residual: bool,
+    device: torch.device,
 ) -> None:
-    assert_equal_to_twin(arguments(5, 136, 200, group_size, dtype, bias, residual), device)
+    assert_equal_to_twin(form, arguments(5, 136, 200, group_size, dtype, bias, residual), device)
 
 
 @pytest.mark.parametrize("group_size", FORMATS)
-def test_one_input_channel(group_size: GroupSize, device: torch.device) -> None:
+def test_one_input_channel(form: Family, group_size: GroupSize, device: torch.device) -> None:
     args = arguments(16, 96, 1, group_size, torch.float32)
     packed = ops.packed_of(*(args[n] for n in WEIGHT))
     acc = args["xq"].float() * expand_int8(packed).float().t()
     want = acc * args["channel_scale"] * args["token_scale"][:, None]
-    assert torch.equal(dispatch.w4a8_linear(**moved(args, device)).cpu(), want)
+    assert torch.equal(multiply(form, args, device).cpu(), want)
 
 
 @pytest.mark.parametrize("group_size", FORMATS)
-def test_largest_sums(group_size: GroupSize, device: torch.device) -> None:
+def test_largest_sums(form: Family, group_size: GroupSize, device: torch.device) -> None:
     args = arguments(2, 128, 4096, group_size, torch.float32)
     args["xq"] = torch.full_like(args["xq"], -127)
     args["xq"][1] = 127
     args["token_sum"] = args["xq"].sum(1, dtype=torch.int32)
-    assert_equal_to_twin(args, device)
+    assert_equal_to_twin(form, args, device)
 
 
-def test_nan_token_gives_a_nan_row(device: torch.device) -> None:
+def test_nan_token_gives_a_nan_row(form: Family, device: torch.device) -> None:
     args = arguments(3, 64, 128, 128)
     x = torch.randn(3, 128)
     x[1, 5] = torch.nan
     args["xq"], args["token_scale"], args["token_sum"] = quantize_act(x)
-    y = dispatch.w4a8_linear(**moved(args, device))
+    y = multiply(form, args, device)
     assert y.isnan().any(1).tolist() == [False, True, False]
-    assert_equal_to_twin(args, device)
+    assert_equal_to_twin(form, args, device)
 
 
 @pytest.mark.parametrize("group_size", FORMATS)
-def test_cut_and_joined_weights(group_size: GroupSize, device: torch.device) -> None:
+def test_cut_and_joined_weights(form: Family, group_size: GroupSize, device: torch.device) -> None:
     # their padding along K holds codes of another row: it must not count
     args = arguments(3, 0, 200, group_size)
     parts = [quantize_weight(torch.randn(n, 200), group_size) for n in (40, 100)]
     packed = concat_rows([parts[0], rows(parts[1], 10, 90)])
-    assert_equal_to_twin({**args, **packed.tensors()}, device)
+    assert_equal_to_twin(form, {**args, **packed.tensors()}, device)
 
 
-def test_leading_axes_and_strides(device: torch.device) -> None:
+def test_leading_axes_and_strides(form: Family, device: torch.device) -> None:
     args = arguments(6, 72, 256, 128, bias=True, residual=True)
     flat = reference(args)
     for name in ("xq", "token_scale", "token_sum", "residual"):
@@ -158,23 +176,25 @@ def test_leading_axes_and_strides(device: torch.device) -> None:
     args["residual"] = args["residual"].transpose(0, 1).contiguous().transpose(0, 1)
     args["group_word"] = args["group_word"].t().contiguous().t()
     assert not args["xq"].is_contiguous()
-    got = dispatch.w4a8_linear(**moved(args, device))
+    got = multiply(form, args, device)
     assert torch.equal(got.cpu(), flat.view(2, 3, 72))
 
 
 @pytest.mark.parametrize("group_size", FORMATS)
-@pytest.mark.parametrize("shape", [(33, 136, 200), (16, 128, 256)])
+@pytest.mark.parametrize("shape", [(33, 136, 200), (33, 136, 208), (16, 128, 256)])
 def test_candidates_agree(
-    group_size: GroupSize, shape: tuple[int, int, int], device: torch.device
+    form: Family, group_size: GroupSize, shape: tuple[int, int, int], device: torch.device
 ) -> None:
     m, n, k = shape
     args = arguments(m, n, k, group_size, bias=True, residual=True)
-    spec = LinearSpec(k, n, group_size, torch.bfloat16, True, True)
-    tiles = candidates(spec, 64, device_key(device))
+    call, key, want = call_of(**moved(args, device)), device_key(device), reference(args)
+    if reason := form.refuses(call.spec, key):
+        pytest.skip(reason)
+    tiles = form.candidates(call.spec, 64, key)
     for tile in tiles if device.type == "cuda" else tiles[::5]:
-        if shared_bytes(spec, tile) <= device_key(device).shared_bytes:
-            got = launch(build(GEMM_W4A8, spec, tile), **moved(args, device))
-            assert torch.equal(got.cpu(), reference(args)), tile
+        if form.shared_bytes is None or form.shared_bytes(call.spec, tile) <= key.shared_bytes:
+            got = launch(build(form, call.spec, tile), call)
+            assert torch.equal(got.cpu(), want), tile
 
 
 @pytest.mark.parametrize(
@@ -205,33 +225,24 @@ def test_tensors_on_two_devices_are_refused(device: torch.device) -> None:
         dispatch.w4a8_linear(**args)
 
 
-@pytest.mark.parametrize("key", DEVICES, ids=lambda key: key.name)
-@pytest.mark.parametrize("size", [1, 16, 32, 64, 128, 1024, 8192])
-@pytest.mark.parametrize("n", [1, 128, 4096, 28672])
-def test_heuristic_fits_and_is_a_candidate(key: DeviceKey, size: int, n: int) -> None:
-    spec = LinearSpec(4096, n, 128, torch.bfloat16)
-    tile = heuristic(spec, size, key)
-    assert shared_bytes(spec, tile) <= key.shared_bytes
-    assert tile["PTX"] == 1
-    assert tile in candidates(spec, size, key)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("group_size", FORMATS)
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (6144, 128), (1000, 14336), (333, 1111)])
 @pytest.mark.parametrize("m", [1, 2, 7, 16, 17, 63, 64, 65, 129, 255, 1000, 4097])
-def test_large(m: int, n: int, k: int, group_size: GroupSize, device: torch.device) -> None:
+def test_large(
+    form: Family, m: int, n: int, k: int, group_size: GroupSize, device: torch.device
+) -> None:
     bias, residual = m % 2 == 1, n % 3 == 0
     args = arguments(m, n, k, group_size, bias=bias, residual=residual, device=device)
-    assert_equal_to_twin(args, device)
+    assert_equal_to_twin(form, args, device)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("group_size", FORMATS)
-def test_offsets_beyond_32_bits(group_size: GroupSize, device: torch.device) -> None:
+def test_offsets_beyond_32_bits(form: Family, group_size: GroupSize, device: torch.device) -> None:
     m, n, k = 160_000, 14336, 256  # m * n = 2.3e9 outputs
     args = arguments(m, n, k, group_size, device=device)
-    y = dispatch.w4a8_linear(**args)
+    y = multiply(form, args, device)
     for part in (slice(0, 3), slice(m - 3, m)):
         cut = {name: args[name][part] for name in ("xq", "token_scale", "token_sum")}
         assert torch.equal(y[part], reference({**args, **cut}))
@@ -242,16 +253,6 @@ def test_offsets_beyond_32_bits(group_size: GroupSize, device: torch.device) -> 
              for name, t in last.items()}  # fmt: skip
     for name, t in last.items():
         args[name][-1:] = t
-    y = dispatch.w4a8_linear(**args)
+    y = multiply(form, args, device)
     assert torch.equal(y[-1:], reference({**args, **last}))
     assert not y[:-1].any()
-
-
-@pytest.mark.gpu
-def test_a_changing_batch_compiles_nothing_new(device: torch.device) -> None:
-    spec = LinearSpec(256, 128, 128, torch.bfloat16)
-    kernel = build(GEMM_W4A8, spec, heuristic(spec, 16, device_key(device)))
-    for m in (1, 2, 3, 16):
-        launch(kernel, **moved(arguments(m, 128, 256, 128), device))
-    compiled = kernel.fn.device_caches[device.index or 0][0]
-    assert len(compiled) == 1

@@ -1,0 +1,177 @@
+"""The call of qoqc::w4a8_linear, whatever form of kernel serves it: checks, spec, launch.
+
+y[M, N] = (xq[M, K] @ w[N, K].T) * channel_scale * token_scale + bias + residual: xq int8, w as
+packed tiles (quant/pack.py) with group words or channel zeros (quant/weight.py), int32 sums over
+all of K, then an fp32 epilogue in the order of reference.int8_linear. Every form gives its bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from qoqc.codegen.family import Kernel
+from qoqc.codegen.kernels.pieces import check_device
+from qoqc.ir.spec import GROUP, OUTPUT_DTYPES, TILE_N, LinearSpec
+from qoqc.quant.pack import ceil_div
+from qoqc.quant.weight import PackedWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmCall:
+    """The tensors of one call, checked and contiguous. `call_of` makes it.
+
+    xq             int8 [..., K], `tokens` rows
+    token_scale    fp32 [...]
+    token_sum      int32 [...], the sums of xq's rows
+    qweight        uint8 [ceil(N/128), ceil(K/128), 128, 64]
+    channel_scale  fp32 [N]
+    word           int32: group words [ceil(K/128), N] where `spec` is g128, else zeros [N]
+    bias           [N] or None
+    residual       [..., N] or None
+    """
+
+    xq: torch.Tensor
+    token_scale: torch.Tensor
+    token_sum: torch.Tensor
+    qweight: torch.Tensor
+    channel_scale: torch.Tensor
+    word: torch.Tensor
+    bias: torch.Tensor | None
+    residual: torch.Tensor | None
+    spec: LinearSpec
+
+    @property
+    def tokens(self) -> int:
+        """The rows M of the product."""
+        return self.token_scale.numel()
+
+    def packed(self) -> PackedWeight:
+        """The weight."""
+        grouped = self.spec.group_size == GROUP
+        return PackedWeight(
+            self.qweight,
+            self.channel_scale,
+            self.word if grouped else None,
+            None if grouped else self.word,
+            self.spec.out_features,
+            self.spec.in_features,
+        )
+
+    def empty_out(self) -> torch.Tensor:
+        """Room for the result, contiguous [..., N] of the spec's dtype."""
+        shape = (*self.xq.shape[:-1], self.spec.out_features)
+        return torch.empty(shape, dtype=self.spec.dtype, device=self.xq.device)
+
+
+def call_of(
+    xq: torch.Tensor,
+    token_scale: torch.Tensor,
+    token_sum: torch.Tensor,
+    qweight: torch.Tensor,
+    channel_scale: torch.Tensor,
+    group_word: torch.Tensor | None,
+    channel_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> GemmCall:
+    """The call behind the arguments of qoqc::w4a8_linear; what is not contiguous is copied.
+
+    Raises ValueError where shapes, dtypes or devices do not fit each other.
+    """
+    check(
+        xq, token_scale, token_sum, qweight, channel_scale, group_word, channel_zero, bias,
+        residual, dtype,
+    )  # fmt: skip
+    word = channel_zero if group_word is None else group_word
+    assert word is not None
+    return GemmCall(
+        xq=xq.contiguous(),
+        token_scale=token_scale.contiguous(),
+        token_sum=token_sum.contiguous(),
+        qweight=qweight.contiguous(),
+        channel_scale=channel_scale.contiguous(),
+        word=word.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        residual=None if residual is None else residual.contiguous(),
+        spec=spec_of(xq, channel_scale, group_word, bias, residual, dtype),
+    )
+
+
+def launch(kernel: Kernel, call: GemmCall) -> torch.Tensor:
+    """y [..., N] by the form that `kernel` is of. An empty y launches nothing."""
+    y = call.empty_out()
+    if y.numel():
+        start = kernel.family.start
+        assert start is not None, f"{kernel.family.name} is no form of a GEMM"
+        start(kernel, call, y)
+    return y
+
+
+def spec_of(
+    xq: torch.Tensor,
+    channel_scale: torch.Tensor,
+    group_word: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> LinearSpec:
+    """The spec of a call."""
+    return LinearSpec(
+        in_features=xq.shape[-1],
+        out_features=channel_scale.shape[0],
+        group_size=-1 if group_word is None else 128,
+        dtype=dtype,
+        has_bias=bias is not None,
+        has_residual=residual is not None,
+    )
+
+
+def check(
+    xq: torch.Tensor,
+    token_scale: torch.Tensor,
+    token_sum: torch.Tensor,
+    qweight: torch.Tensor,
+    channel_scale: torch.Tensor,
+    group_word: torch.Tensor | None,
+    channel_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    """Raise ValueError, with the numbers, where the arguments of w4a8_linear disagree."""
+    check_device(
+        "w4a8_linear", xq=xq, token_scale=token_scale, token_sum=token_sum, qweight=qweight,
+        channel_scale=channel_scale, group_word=group_word, channel_zero=channel_zero, bias=bias,
+        residual=residual,
+    )  # fmt: skip
+    if (group_word is None) == (channel_zero is None):
+        raise ValueError("w4a8_linear takes group_word (g128) or channel_zero (per channel): one")
+    if dtype not in OUTPUT_DTYPES:
+        raise ValueError(f"w4a8_linear gives bfloat16, float16 or float32, not {dtype}")
+    tokens, k, n = xq.shape[:-1], xq.shape[-1], channel_scale.shape[0]
+    k_tiles = ceil_div(k, GROUP)
+    _expect("xq", xq, (torch.int8,), (*tokens, k))
+    _expect("token_scale", token_scale, (torch.float32,), tokens)
+    _expect("token_sum", token_sum, (torch.int32,), tokens)
+    _expect("qweight", qweight, (torch.uint8,), (ceil_div(n, TILE_N), k_tiles, TILE_N, GROUP // 2))
+    _expect("channel_scale", channel_scale, (torch.float32,), (n,))
+    _expect("group_word", group_word, (torch.int32,), (k_tiles, n))
+    _expect("channel_zero", channel_zero, (torch.int32,), (n,))
+    _expect("bias", bias, OUTPUT_DTYPES, (n,))
+    # of the output's dtype: it may share the output's buffer on the chip
+    _expect("residual", residual, (dtype,), (*tokens, n))
+
+
+def _expect(
+    name: str, tensor: torch.Tensor | None, dtypes: Sequence[torch.dtype], shape: Sequence[int]
+) -> None:
+    if tensor is not None and (tensor.dtype not in dtypes or tensor.shape != shape):
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(
+            f"w4a8_linear: {name} must be {wanted} {tuple(shape)}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)}"
+        )

@@ -1,0 +1,116 @@
+"""The sm_90 form of the W4A8 GEMM: how tiles are dealt to blocks, and the launch.
+
+The template is in hopper/, the choice of tiles in gemm_hopper_tiles.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from qoqc.codegen.family import Launch, Tile
+from qoqc.codegen.kernels.gemm import GemmCall
+from qoqc.ir.spec import GROUP
+from qoqc.quant.pack import ceil_div
+from qoqc.runtime.device import device_key
+from qoqc.runtime.workspace import zeroed_counters
+
+LINE = 128
+"""Bytes of the lines TMA copies: shorter ones take longer per byte."""
+
+_GLUON_DTYPES = {
+    torch.int8: gl.int8,
+    torch.uint8: gl.uint8,
+    torch.int32: gl.int32,
+    torch.float16: gl.float16,
+    torch.bfloat16: gl.bfloat16,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Persistent blocks, and how many tiles are cut along K into how many parts."""
+
+    blocks: int
+    cut: int
+    parts: int
+
+
+def schedule(tokens: int, channels: int, k_tiles: int, tile: Tile, sm_count: int) -> Schedule:
+    """Deal the tiles of y to one block per SM; cut those of the last wave if that fills it.
+
+    A cut tile costs a round trip of its sums through L2, so tiles of full waves stay whole.
+    """
+    tiles = ceil_div(tokens, tile["BLOCK_M"]) * ceil_div(channels, tile["ROWS"] * tile["BLOCK_N"])
+    steps = ceil_div(k_tiles, tile["WAYS"] * tile["UNROLL"])
+    rest = tiles % sm_count
+    parts = min(tile["SPLIT"], sm_count // rest, steps) if rest else 1
+    if parts < 2:
+        return Schedule(min(tiles, sm_count), 0, 1)
+    return Schedule(min(tiles - rest + rest * parts, sm_count), rest, parts)
+
+
+def start(kernel: Launch, call: GemmCall, y: torch.Tensor) -> None:
+    """Launch on checked tensors, see GemmCall; `y` has at least one element."""
+    tile, device = kernel.tile, call.xq.device
+    channels, k_tiles = call.channel_scale.shape[0], ceil_div(call.xq.shape[-1], GROUP)
+    plan = schedule(call.tokens, channels, k_tiles, tile, _sm_count(device))
+    block_m, block_n, rows = tile["BLOCK_M"], tile["BLOCK_N"], tile["ROWS"]
+    flat = (call.tokens, -1)
+    w = _descriptor(call.qweight.view(-1, LINE), [block_n * GROUP // 2 // LINE, LINE])
+    out = _descriptor(y.view(flat), [block_m, block_n])
+    grouped = call.spec.group_size == GROUP
+    kernel(
+        (plan.blocks,),
+        _descriptor(call.xq.view(flat), [block_m, LINE]),
+        w,
+        _descriptor(call.word, [1, block_n]) if grouped else w,
+        out,
+        out if call.residual is None else _descriptor(call.residual.view(flat), [block_m, block_n]),
+        call.token_scale,
+        call.token_sum,
+        call.channel_scale,
+        call.token_sum if grouped else call.word,
+        call.channel_scale if call.bias is None else call.bias,
+        _workspace(plan.cut * plan.parts * rows * block_n * block_m, call.token_sum),
+        zeroed_counters(device, plan.cut * rows) if plan.cut else call.token_sum,
+        call.tokens,
+        channels,
+        k_tiles,
+        _early(device),
+        plan.cut,
+        plan.parts,
+    )
+
+
+def _workspace(cells: int, unused: torch.Tensor) -> torch.Tensor:
+    return torch.empty(cells, dtype=torch.int32, device=unused.device) if cells else unused
+
+
+def _early(device: torch.device) -> int:
+    """1 where weights may be read before the kernel before has ended: while a graph is captured.
+
+    A graph replays long after its weights were written; outside of one, the kernel that packed
+    them may be the one before.
+    """
+    return int(device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def _descriptor(tensor: torch.Tensor, box: list[int]) -> Any:
+    """What TMA needs to copy boxes of a contiguous matrix. It wants bases of 16 bytes."""
+    if tensor.data_ptr() % 16:
+        tensor = tensor.clone()
+    layout = gl.NVMMASharedLayout.get_default_for(box, _GLUON_DTYPES[tensor.dtype])
+    # not the tensor's own strides: that of an axis of size 1 may be anything
+    rows, columns = tensor.shape
+    return TensorDescriptor(tensor, [rows, columns], [columns, 1], box, layout)
+
+
+@functools.cache
+def _sm_count(device: torch.device) -> int:
+    return device_key(device).sm_count
