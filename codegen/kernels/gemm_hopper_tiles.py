@@ -38,10 +38,11 @@ _SHAPES: dict[int, tuple[tuple[int, int, int], ...]] = {
 _FILL_US = 3.0  # launch, first stage, last store
 _L2_BYTES_PER_US = 60_000  # per SM with all SMs reading; a lone one draws up to
 _LONE_BYTES_PER_US = 80_000
+_MEMORY_BYTES_PER_US = 50_000  # what an SM draws from memory, alone or not
 _MACS_PER_US = {256: 6_000_000}  # per SM, by tokens per tile; tiles of fewer tokens:
 _FEW_MACS_PER_US = 5_400_000
 _READ_BYTES_PER_US = 4_200_000  # from memory, all SMs
-_MEET_US = 1.0  # the blocks of a cut tile waiting for one another
+_MEET_US = 2.5  # the blocks of a cut tile waiting for one another
 _SUM_BYTES_PER_US = 60_000
 
 
@@ -137,10 +138,16 @@ def modelled_us(spec: LinearSpec, size: int, tile: Tile, device: DeviceKey) -> f
     plan = schedule(size, spec.out_features, k_tiles, tile, device.sm_count)
     block_m, rows_n, ways = tile["BLOCK_M"], tile["ROWS"] * tile["BLOCK_N"], tile["WAYS"]
     tiles = ceil_div(size, block_m) * ceil_div(spec.out_features, rows_n)
-    k_bytes = block_m * GROUP + rows_n * (GROUP // 2 + _word_bytes(spec))
     drawn = min(_LONE_BYTES_PER_US, _L2_BYTES_PER_US * device.sm_count / plan.blocks)
     macs = _MACS_PER_US.get(block_m, _FEW_MACS_PER_US)
-    per_k_tile = max(k_bytes / drawn, block_m * rows_n * GROUP / macs)
+    w_bytes = rows_n * (GROUP // 2 + _word_bytes(spec))
+    k_bytes = block_m * GROUP + w_bytes
+    per_k_tile = max(
+        k_bytes / drawn,
+        # tiles of other tokens find the weights in L2
+        w_bytes / _MEMORY_BYTES_PER_US if size <= block_m else 0.0,
+        block_m * rows_n * GROUP / macs,
+    )
     # a whole number of tiles for the busiest block, and its part of a cut one
     turns = ceil_div(tiles - plan.cut, plan.blocks) + (1 / plan.parts if plan.cut else 0)
     busy = turns * ceil_div(k_tiles, ways * tile["UNROLL"]) * ways * tile["UNROLL"] * per_k_tile
