@@ -113,6 +113,27 @@ def w4a8_linear(
         return gemm.launch(kernel, call)
 
 
+def w4a8_glu(
+    xq: Tensor,
+    token_scale: Tensor,
+    token_sum: Tensor,
+    qweight: Tensor,
+    channel_scale: Tensor,
+    group_word: Tensor | None,
+    channel_zero: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """qoqc::w4a8_glu by a generated kernel."""
+    call = gemm.call_of(
+        xq, token_scale, token_sum, qweight, channel_scale, group_word, channel_zero, bias,
+        None, dtype, glu=True,
+    )  # fmt: skip
+    with torch.cuda.device_of(xq):
+        kernel = kernel_for(OPS["w4a8_linear"], call.spec, call.tokens, xq.device)
+        return gemm.launch(kernel, call)
+
+
 def kv4_append(
     k_pages: Tensor,
     v_pages: Tensor,
@@ -173,6 +194,7 @@ def _tokens(x: Tensor) -> int:
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "quantize_act": quantize_act,
     "w4a8_linear": w4a8_linear,
+    "w4a8_glu": w4a8_glu,
     "kv4_append": kv4_append,
     "kv4_attention": kv4_attention,
 }

@@ -136,12 +136,14 @@ class Op:
     forms       families that give the same result, bit for bit
     heuristic   (spec, size, device) -> a form that does not refuse, with a tile that is legal
     table_spec  spec -> JSON values of the part of it that a choice depends on
+    timed       spec -> the one to search with, of those that share its entry
     """
 
     name: str
     forms: tuple[Family, ...]
     heuristic: Callable[[Any, int, DeviceKey], tuple[Family, Tile]]
     table_spec: Callable[[Any], dict[str, Any]]
+    timed: Callable[[Any], Any] = lambda spec: spec
 
     def usable(self, spec: Any, device: DeviceKey) -> list[Family]:
         """The forms that run there; why another does not is logged once."""

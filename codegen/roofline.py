@@ -127,5 +127,5 @@ def _weight_bytes(spec: LinearSpec) -> int:
 
 def _token_bytes(spec: LinearSpec) -> int:
     """Bytes per token: its channels, scale and sum, the output, the residual."""
-    results = 2 if spec.has_residual else 1
-    return spec.in_features + 8 + results * spec.dtype.itemsize * spec.out_features
+    results = spec.out_features * (2 if spec.has_residual else 1) // (2 if spec.glu else 1)
+    return spec.in_features + 8 + results * spec.dtype.itemsize

@@ -15,6 +15,7 @@ import torch
 from qoqc.codegen.family import Kernel
 from qoqc.codegen.kernels.pieces import check_device
 from qoqc.ir.spec import GROUP, OUTPUT_DTYPES, TILE_N, LinearSpec
+from qoqc.quant.glu import TURN
 from qoqc.quant.pack import ceil_div
 from qoqc.quant.weight import PackedWeight
 
@@ -31,6 +32,7 @@ class GemmCall:
     word           int32: group words [ceil(K/128), N] where `spec` is g128, else zeros [N]
     bias           [N] or None
     residual       [..., N] or None
+    spec           `glu` where the rows of the weight are gate and up in turn
     """
 
     xq: torch.Tensor
@@ -61,8 +63,9 @@ class GemmCall:
         )
 
     def empty_out(self) -> torch.Tensor:
-        """Room for the result, contiguous [..., N] of the spec's dtype."""
-        shape = (*self.xq.shape[:-1], self.spec.out_features)
+        """Room for the result, contiguous [..., N] ([..., N / 2] with glu) of the spec's dtype."""
+        width = self.spec.out_features // (2 if self.spec.glu else 1)
+        shape = (*self.xq.shape[:-1], width)
         return torch.empty(shape, dtype=self.spec.dtype, device=self.xq.device)
 
 
@@ -77,8 +80,11 @@ def call_of(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     dtype: torch.dtype,
+    glu: bool = False,
 ) -> GemmCall:
     """The call behind the arguments of qoqc::w4a8_linear; what is not contiguous is copied.
+
+    With `glu` those of qoqc::w4a8_glu, which has no residual.
 
     Raises ValueError where shapes, dtypes or devices do not fit each other.
     """
@@ -86,6 +92,11 @@ def call_of(
         xq, token_scale, token_sum, qweight, channel_scale, group_word, channel_zero, bias,
         residual, dtype,
     )  # fmt: skip
+    if glu and (channel_scale.shape[0] % (2 * TURN) or residual is not None):
+        raise ValueError(
+            f"w4a8_glu takes gate and up in turns of {TURN} rows and no residual, "
+            f"got {channel_scale.shape[0]} rows"
+        )
     word = channel_zero if group_word is None else group_word
     assert word is not None
     return GemmCall(
@@ -97,12 +108,12 @@ def call_of(
         word=word.contiguous(),
         bias=None if bias is None else bias.contiguous(),
         residual=None if residual is None else residual.contiguous(),
-        spec=spec_of(xq, channel_scale, group_word, bias, residual, dtype),
+        spec=spec_of(xq, channel_scale, group_word, bias, residual, dtype, glu),
     )
 
 
 def launch(kernel: Kernel, call: GemmCall) -> torch.Tensor:
-    """y [..., N] by the form that `kernel` is of. An empty y launches nothing."""
+    """y by the form that `kernel` is of. An empty y launches nothing."""
     y = call.empty_out()
     if y.numel():
         start = kernel.family.start
@@ -118,6 +129,7 @@ def spec_of(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     dtype: torch.dtype,
+    glu: bool = False,
 ) -> LinearSpec:
     """The spec of a call."""
     return LinearSpec(
@@ -127,6 +139,7 @@ def spec_of(
         dtype=dtype,
         has_bias=bias is not None,
         has_residual=residual is not None,
+        glu=glu,
     )
 
 

@@ -63,7 +63,7 @@ def start(kernel: Launch, call: GemmCall, y: torch.Tensor) -> None:
     block_m, block_n, rows = tile["BLOCK_M"], tile["BLOCK_N"], tile["ROWS"]
     flat = (call.tokens, -1)
     w = _descriptor(call.qweight.view(-1, LINE), [block_n * GROUP // 2 // LINE, LINE])
-    out = _descriptor(y.view(flat), [block_m, block_n])
+    out = _descriptor(y.view(flat), [block_m, block_n // 2 if call.spec.glu else block_n])
     grouped = call.spec.group_size == GROUP
     kernel(
         (plan.blocks,),

@@ -52,7 +52,7 @@ def refuses(spec: LinearSpec, device: DeviceKey) -> str | None:
         return f"it is for sm_90, this is sm_{device.arch}"
     if spec.dtype == torch.float32:
         return "it writes 16-bit results, not float32"
-    k, n = spec.in_features, spec.out_features
+    k, n = spec.in_features, spec.out_features // (2 if spec.glu else 1)
     if not k or not n or k % 16 or n % 8:
         return f"TMA wants K % 16 == 0 and N % 8 == 0: K={k} N={n}"
     return None
@@ -64,6 +64,7 @@ def bind(spec: LinearSpec, tile: Tile) -> dict[str, Any]:
         "GROUPED": spec.group_size == GROUP,
         "HAS_BIAS": spec.has_bias,
         "HAS_RESIDUAL": spec.has_residual,
+        "GLU": spec.glu,
         **dict(tile.constexprs),
     }
 
@@ -214,7 +215,8 @@ parts = parts if cut else 1
 sums = torch.empty(max(1, cut * parts) * rows * block_n * block_m, dtype=torch.int32, device=device)
 counters = torch.zeros(max(1, cut) * rows, dtype=torch.int32, device=device)
 w_boxes = boxes(w.view(-1, 128), [block_n // 2, 128], gl.uint8)
-out, grid = boxes(y, [block_m, block_n], kind), (min(tiles + cut * (parts - 1), sms),)
+out = boxes(y, [block_m, block_n // 2 if SPEC["glu"] else block_n], kind)
+grid = (min(tiles + cut * (parts - 1), sms),)
 gemm_hopper_kernel[grid](
     boxes(xq, [block_m, 128], gl.int8), w_boxes,
     boxes(word, [1, block_n], gl.int32) if grouped else w_boxes, out,

@@ -10,7 +10,7 @@ import torch
 
 from qoqc.codegen.family import Launch, TwinTrial
 from qoqc.codegen.kernels.gemm import GemmCall, call_of
-from qoqc.ir.reference import int8_linear
+from qoqc.ir.reference import int8_glu, int8_linear
 from qoqc.ir.spec import GROUP, TILE_N, LinearSpec
 from qoqc.quant.pack import ceil_div
 from qoqc.quant.weight import expand_int8, rows
@@ -64,17 +64,16 @@ class GemmTrial(TwinTrial):
         parts = []
         for first in range(0, max(call.spec.out_features, 1), CHUNK):
             some = slice(first, min(first + CHUNK, call.spec.out_features))
-            parts.append(
-                int8_linear(
-                    call.xq[keep],
-                    call.token_scale[keep],
-                    expand_int8(rows(call.packed(), some.start, some.stop)),
-                    call.channel_scale[some],
-                    None if call.bias is None else call.bias[some],
-                    None if residual is None else residual[:, some],
-                    call.spec.dtype,
+            w8 = expand_int8(rows(call.packed(), some.start, some.stop))
+            x, scale, dtype = call.xq[keep], call.token_scale[keep], call.spec.dtype
+            bias = None if call.bias is None else call.bias[some]
+            if call.spec.glu:
+                parts.append(int8_glu(x, scale, w8, call.channel_scale[some], bias, dtype))
+            else:
+                added = None if residual is None else residual[:, some]
+                parts.append(
+                    int8_linear(x, scale, w8, call.channel_scale[some], bias, added, dtype)
                 )
-            )
         return (torch.cat(parts, 1),)
 
     def sample(self, result: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -125,4 +124,4 @@ def random_call(spec: LinearSpec, size: int, device: torch.device) -> GemmCall:
         "bias": floats(n).to(spec.dtype) if spec.has_bias else None,
         "residual": floats(size, n).to(spec.dtype) if spec.has_residual else None,
     }
-    return call_of(**arguments, dtype=spec.dtype)
+    return call_of(**arguments, dtype=spec.dtype, glu=spec.glu)

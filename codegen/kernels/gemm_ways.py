@@ -17,13 +17,13 @@ import triton.language as tl
 
 from qoqc.codegen.family import Family, Launch, Tile
 from qoqc.codegen.kernels.gemm import GemmCall
+from qoqc.codegen.kernels.gemm_epilogue import finish
 from qoqc.codegen.kernels.gemm_selfcheck import selfcheck
 from qoqc.codegen.kernels.gemm_trial import trial_with
 from qoqc.codegen.kernels.pieces import (
     INTERPRETED_DEVICE,
     dequantize_group,
     dequantize_group_ptx,
-    round_to_bf16,
     unpack_int4,
     unpack_int4_ptx,
 )
@@ -53,7 +53,7 @@ def gemm_ways_kernel(
     word_ptr,  # [K/128, N] int32 group words, or [N] int32 channel zeros
     bias_ptr,  # [N], read if HAS_BIAS
     residual_ptr,  # [M, N], read if HAS_RESIDUAL
-    y_ptr,  # [M, N]
+    y_ptr,  # [M, N], [M, N / 2] if GLU
     M,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -63,6 +63,7 @@ def gemm_ways_kernel(
     EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    GLU: tl.constexpr,
     ROUND_BF16: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -129,25 +130,27 @@ def gemm_ways_kernel(
         x_ptrs += WAYS * 2 * HALF
         w_ptrs += WAYS * TILE_BYTES
     total = tl.sum(acc, axis=0)  # [BLOCK_N, BLOCK_M]
-    if not GROUPED:
-        # sum (q4 - zero) * x = sum q4 * x - zero * sum x
-        zero = tl.load(word_ptrs, mask=in_n, other=0)
-        token_sum = tl.load(token_sum_ptr + first_m + in_block_m, mask=in_m, other=0)
-        total -= zero[:, None] * token_sum[None, :]
-    channel_scale = tl.load(channel_scale_ptr + offs_n, mask=in_n, other=0.0)
-    token_scale = tl.load(token_scale_ptr + first_m + in_block_m, mask=in_m, other=0.0)
-    y = total.to(tl.float32) * channel_scale[:, None] * token_scale[None, :]
-    inside = in_n[:, None] & in_m[None, :]
-    offs_y = in_block_m[None, :] * N + offs_n[:, None]
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_n, mask=in_n, other=0.0)
-        y += bias.to(tl.float32)[:, None]
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + first_m * N + offs_y, mask=inside, other=0.0)
-        y += residual.to(tl.float32)
-    if ROUND_BF16:
-        y = round_to_bf16(y)
-    tl.store(y_ptr + first_m * N + offs_y, y.to(y_ptr.dtype.element_ty), mask=inside)
+    finish(
+        total,
+        token_scale_ptr,
+        token_sum_ptr,
+        channel_scale_ptr,
+        word_ptr,
+        bias_ptr,
+        residual_ptr,
+        y_ptr,
+        first_m,
+        first_n,
+        M,
+        N,
+        GROUPED,
+        HAS_BIAS,
+        HAS_RESIDUAL,
+        GLU,
+        ROUND_BF16,
+        BLOCK_M,
+        BLOCK_N,
+    )
 
 
 def start(kernel: Launch, call: GemmCall, y: torch.Tensor) -> None:
@@ -181,6 +184,7 @@ def bind(spec: LinearSpec, tile: Tile) -> dict[str, Any]:
         "EVEN_N": spec.out_features % tile["BLOCK_N"] == 0,
         "HAS_BIAS": spec.has_bias,
         "HAS_RESIDUAL": spec.has_residual,
+        "GLU": spec.glu,
         "ROUND_BF16": spec.dtype == torch.bfloat16 and not tile["PTX"],
         **dict(tile.constexprs),
     }

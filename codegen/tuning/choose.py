@@ -51,6 +51,6 @@ def choose(
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if mode == "heuristic" or capturing:
         return op.heuristic(spec, size, key)
-    form, tile = search(op, spec, size, device, timer, BUDGET_S)[0].choice
+    form, tile = search(op, op.timed(spec), size, device, timer, BUDGET_S)[0].choice
     table.record(table.entry_key(op, spec, size, key), form, tile)
     return form, tile

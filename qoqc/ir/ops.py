@@ -28,6 +28,11 @@ SCHEMAS = {
         "Tensor? group_word, Tensor? channel_zero, Tensor? bias, Tensor? residual, "
         "ScalarType dtype) -> Tensor"
     ),
+    # the same with rows that are gate and up in turn (quant/glu.py): silu(gate) * up [..., N / 2]
+    "w4a8_glu": (
+        "(Tensor xq, Tensor token_scale, Tensor token_sum, Tensor qweight, Tensor channel_scale, "
+        "Tensor? group_word, Tensor? channel_zero, Tensor? bias, ScalarType dtype) -> Tensor"
+    ),
     # xq int8 [M, K], w8 int8 [N, K] -> int32 [M, N]: the GEMM of CPUs, weights expanded beforehand
     "int8_matmul": "(Tensor xq, Tensor w8) -> Tensor",
     # k [B, H, S, Dk], v [B, H, S, Dv] into the pages from position start[b] on
@@ -55,6 +60,7 @@ for _name, _schema in SCHEMAS.items():
 
 quantize_act = torch.ops.qoqc.quantize_act.default
 w4a8_linear = torch.ops.qoqc.w4a8_linear.default
+w4a8_glu = torch.ops.qoqc.w4a8_glu.default
 int8_matmul = torch.ops.qoqc.int8_matmul.default
 kv4_append = torch.ops.qoqc.kv4_append.default
 kv4_dequant = torch.ops.qoqc.kv4_dequant.default
@@ -140,6 +146,37 @@ def _w4a8_linear_fake(
     dtype: torch.dtype,
 ) -> Tensor:
     return xq.new_empty((*xq.shape[:-1], channel_scale.shape[0]), dtype=dtype)
+
+
+@torch.library.impl("qoqc::w4a8_glu", "default")
+def _w4a8_glu_impl(
+    xq: Tensor,
+    token_scale: Tensor,
+    token_sum: Tensor,
+    qweight: Tensor,
+    channel_scale: Tensor,
+    group_word: Tensor | None,
+    channel_zero: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    w8 = expand_int8(packed_of(xq, qweight, channel_scale, group_word, channel_zero))
+    return reference.int8_glu(xq, token_scale, w8, channel_scale, bias, dtype)
+
+
+@_fake("w4a8_glu")
+def _w4a8_glu_fake(
+    xq: Tensor,
+    token_scale: Tensor,
+    token_sum: Tensor,
+    qweight: Tensor,
+    channel_scale: Tensor,
+    group_word: Tensor | None,
+    channel_zero: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return xq.new_empty((*xq.shape[:-1], channel_scale.shape[0] // 2), dtype=dtype)
 
 
 @torch.library.impl("qoqc::int8_matmul", "default")

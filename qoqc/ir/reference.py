@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from qoqc.errors import CacheFull
 from qoqc.ir.spec import PAGE
+from qoqc.quant.glu import apart
 from qoqc.quant.kv import (
     HALF_PAGE,
     dequantize_kv,
@@ -91,6 +92,23 @@ def int8_linear(
     if residual is not None:
         y.add_(residual.reshape(y.shape).float())
     return y.to(dtype).view(*xq.shape[:-1], w8.shape[0])
+
+
+def int8_glu(
+    xq: torch.Tensor,
+    token_scale: torch.Tensor,
+    w8: torch.Tensor,
+    channel_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    matmul: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = integer_matmul,
+) -> torch.Tensor:
+    """silu(gate) * up of an int8_linear whose rows are gate and up in turn: dtype [..., N / 2].
+
+    gate, up and silu(gate) are rounded to `dtype`, as between the ops of a model.
+    """
+    gate, up = apart(int8_linear(xq, token_scale, w8, channel_scale, bias, None, dtype, matmul))
+    return torch.nn.functional.silu(gate) * up
 
 
 def kv_append(

@@ -25,7 +25,11 @@ OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclasses.dataclass(frozen=True)
 class LinearSpec:
-    """A dequantizing GEMM `y[M, N] = deq(xq[M, K]) @ deq(w[N, K]).T (+ bias) (+ residual)`."""
+    """A dequantizing GEMM `y[M, N] = deq(xq[M, K]) @ deq(w[N, K]).T (+ bias) (+ residual)`.
+
+    With `glu` the rows of w are gate and up in turn (quant/glu.py), and what comes out is
+    silu(gate) * up, [M, N / 2]; no residual then.
+    """
 
     in_features: int
     out_features: int
@@ -33,6 +37,7 @@ class LinearSpec:
     dtype: torch.dtype
     has_bias: bool = False
     has_residual: bool = False
+    glu: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,6 +49,9 @@ def cases(arch: int) -> Iterator[tuple[str, Any, int]]:
         for group_size, tokens in itertools.product(formats, (64, 1024)):
             spec = LinearSpec(4096, 4096, group_size, torch.float16, True, True)
             yield "gemm_hopper", spec, tokens
+        spec = LinearSpec(4096, 28672, 128, torch.bfloat16, has_bias=True, glu=True)
+        for name, tokens in (("gemm_plain", 1024), ("gemm_ways", 8), ("gemm_hopper", 1024)):
+            yield name, spec, tokens
     for features in (128, 300, 4096, 14336, 20000) if hopper else (4096,):
         yield "quantize", QuantizeSpec(features, torch.bfloat16), 1024
     yield from attention_cases(hopper)

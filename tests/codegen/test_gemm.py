@@ -15,6 +15,7 @@ from qoqc.ir import ops
 from qoqc.ir.reference import int8_linear
 from qoqc.ir.spec import OUTPUT_DTYPES, LinearSpec
 from qoqc.quant.activation import quantize_act
+from qoqc.quant.glu import apart, interleaved
 from qoqc.quant.weight import concat_rows, expand_int8, quantize_weight, rows
 from qoqc.runtime.device import device_key
 
@@ -128,6 +129,46 @@ def test_epilogues(
     device: torch.device,
 ) -> None:
     assert_equal_to_twin(form, arguments(5, 136, 200, group_size, dtype, bias, residual), device)
+
+
+@pytest.mark.parametrize("group_size", FORMATS)
+@pytest.mark.parametrize("dtype", OUTPUT_DTYPES)
+@pytest.mark.parametrize(("m", "n"), [(5, 144), (1, 16), (70, 272)])
+def test_silu_of_gate_times_up(
+    form: Family, group_size: GroupSize, dtype: torch.dtype, m: int, n: int, device: torch.device
+) -> None:
+    args = arguments(m, n, 208, group_size, dtype, bias=True)
+    del args["residual"]
+    order = interleaved(n // 2)
+    call = call_of(**moved(args, device), residual=None, glu=True)
+    if reason := form.refuses(call.spec, device_key(device)):
+        pytest.skip(reason)
+    tile = form.heuristic(call.spec, bucket(m), device_key(device))
+    got = launch(build(form, call.spec, tile), call).cpu()
+    stacked = torch.empty(m, n, dtype=dtype)
+    stacked[:, order] = reference({**args, "residual": None})
+    gate, up = stacked[:, : n // 2], stacked[:, n // 2 :]
+    want = torch.nn.functional.silu(gate) * up
+    # exp may differ in its last bits (in torch too, by where an element lies), and silu(gate) then
+    # rounds to a neighbour; where exp overflows silu(gate) is 0 or less than 1e-36
+    rtol = max(2 * torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(ops.w4a8_glu(**args), want, rtol=rtol, atol=1e-30)
+    torch.testing.assert_close(got, want, rtol=rtol, atol=1e-30)
+    assert (got != want).float().mean() < (0.01 if dtype is not torch.float32 else 1)
+
+
+def test_gate_and_up_take_turns_of_eight() -> None:
+    assert interleaved(16).tolist() == [
+        *range(8), *range(16, 24), *range(8, 16), *range(24, 32)
+    ]  # fmt: skip
+    gate, up = apart(interleaved(24).float())
+    assert gate.tolist() == list(range(24))
+    assert up.tolist() == list(range(24, 48))
+    with pytest.raises(ValueError, match="12 rows cannot take turns of 8"):
+        interleaved(12)
+    args = arguments(2, 24, 128, 128)
+    with pytest.raises(ValueError, match="gate and up in turns of 8 rows .* got 24 rows"):
+        call_of(**args, glu=True)
 
 
 @pytest.mark.parametrize("group_size", FORMATS)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qoqc.ir import ops, reference
 from qoqc.quant.activation import quantize_act
+from qoqc.quant.glu import interleaved
 from qoqc.quant.kv import empty_pages, fake_quantize_kv
 from qoqc.quant.weight import dequantize_weight, expand_int8, quantize_weight
 
@@ -59,6 +60,13 @@ def pages(bits: int) -> tuple[torch.Tensor, ...]:
     return k_pages, v_pages, words, table
 
 
+def glu_args(*, grouped: bool, dtype: torch.dtype) -> tuple[Any, ...]:
+    packed = quantize_weight(randn(48, 200), 128 if grouped else -1)
+    xq, scale, total = quantize_act(randn(2, 3, 200, seed=1))
+    tensors = (packed.qweight, packed.channel_scale, packed.group_word, packed.channel_zero)
+    return (xq, scale, total, *tensors, randn(48, seed=2).to(dtype), dtype)
+
+
 def append_args(bits: int, dtype: torch.dtype, seq: int = 3) -> tuple[Any, ...]:
     k, v = randn(2, seq, 2, 8).to(dtype), randn(2, seq, 2, 6, seed=1).to(dtype)
     start = torch.tensor([90, 62])
@@ -101,6 +109,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "w4a8 per channel strided": lambda: (
         ops.w4a8_linear, linear_args(grouped=False, dtype=BF16, extra=True, strides=True)
     ),
+    "w4a8_glu g128 bf16": lambda: (ops.w4a8_glu, glu_args(grouped=True, dtype=BF16)),
+    "w4a8_glu per channel fp16": lambda: (ops.w4a8_glu, glu_args(grouped=False, dtype=FP16)),
     "kv4_append 4 bit": lambda: (ops.kv4_append, append_args(4, BF16)),
     "kv4_append 8 bit": lambda: (ops.kv4_append, append_args(8, FP32)),
     "kv4_append decode": lambda: (ops.kv4_append, append_args(4, BF16, seq=1)),
@@ -202,6 +212,22 @@ def test_a_whole_linear_is_near_its_float_twin(grouped: bool) -> None:
     # what is left against the exact product with the same weight is half a step per activation
     bound = 0.5 * scale[:, None] * weight.abs().sum(1) * (1 + 1e-4)
     assert bool(((y - x @ weight.t()).abs() <= bound).all())
+
+
+def test_glu_is_silu_of_one_half_times_the_other() -> None:
+    args = glu_args(grouped=True, dtype=FP32)
+    xq, scale, _, qweight, channel_scale, word, zero, bias, dtype = args
+    w8 = expand_int8(ops.packed_of(xq, qweight, channel_scale, word, zero))
+    stacked = torch.empty_like(w8)
+    order = interleaved(len(w8) // 2)
+    stacked[order], scales, biases = w8, torch.empty_like(channel_scale), torch.empty_like(bias)
+    scales[order], biases[order] = channel_scale, bias
+    gate, up = (
+        reference.int8_linear(xq, scale, *(t[half] for t in (stacked, scales, biases)), None, dtype)
+        for half in (slice(0, len(w8) // 2), slice(len(w8) // 2, None))
+    )
+    want = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(ops.w4a8_glu(*args), want, rtol=1e-6, atol=0)
 
 
 def test_append_then_dequant_is_the_round_op() -> None:

@@ -51,6 +51,7 @@ def test_linear_json() -> None:
         "dtype": "bfloat16",
         "has_bias": False,
         "has_residual": False,
+        "glu": False,
     }
 
 

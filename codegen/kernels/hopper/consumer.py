@@ -75,7 +75,7 @@ def multiply(
 @gluon.jit
 def consume(
     INDEX: gl.constexpr, work, ring, sums, scales, output,
-    GROUPED: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    GROUPED: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, GLU: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr, WAYS: gl.constexpr,
     UNROLL: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
@@ -161,7 +161,7 @@ def consume(
                 finish(
                     acc, channel_scale, token_scale, y_desc, residual_desc, y_buffers.index(ROW),
                     loaded.index(ROW), finished, bias_ptr, first_m, first_n, N,
-                    HAS_BIAS, HAS_RESIDUAL, BLOCK_M, BLOCK_N, MMA,
+                    HAS_BIAS, HAS_RESIDUAL, GLU, BLOCK_M, BLOCK_N, MMA,
                 )  # fmt: skip
                 finished += 1
     tma.store_wait(0)

@@ -79,7 +79,7 @@ def add_parts(
 @gluon.jit
 def finish(
     acc, channel_scale, token_scale, y_desc, residual_desc, y_buffer, loaded, finished, bias_ptr,
-    first_m, first_n, N, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    first_m, first_n, N, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, GLU: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     """Scale the sums [BLOCK_N, BLOCK_M] and store them as y, in the order of the reference.
@@ -98,7 +98,23 @@ def finish(
         mbarrier.wait(loaded, finished & 1)
         y += y_buffer.permute((1, 0)).load(MMA).to(gl.float32)
         gl.thread_barrier()
+    if GLU:
+        y = silu_product(y, y_desc.dtype, BLOCK_M, BLOCK_N)
+        first_n = first_n // 2
     y_buffer.permute((1, 0)).store(y.to(y_desc.dtype))
     fence_async_shared()
     gl.thread_barrier()
     tma.async_copy_shared_to_global(y_desc, [first_m, first_n], y_buffer)
+
+
+@gluon.jit
+def silu_product(y, KIND: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """silu(gate) * up of rows that are eight of gate and eight of up in turn (quant/glu.py).
+
+    A thread holds row r and row r + 8 of each 16: gate and up meet in its registers.
+    """
+    y = y.to(KIND).to(gl.float32)
+    pairs = y.reshape([BLOCK_N // 16, 2, 8, BLOCK_M]).permute([0, 2, 3, 1])
+    gate, up = pairs.split()
+    act = (gate / (1.0 + gl.exp(-gate))).to(KIND).to(gl.float32)
+    return (act * up).reshape([BLOCK_N // 2, BLOCK_M])

@@ -29,7 +29,7 @@ def gemm_hopper_kernel(
     x_desc,  # [M, K] int8, boxes [BLOCK_M, 128]
     w_desc,  # [N/128 * K/128 * 64, 128] uint8 packed tiles, boxes [BLOCK_N / 2, 128]
     word_desc,  # [K/128, N] int32 group words, boxes [1, BLOCK_N]; any descriptor per channel
-    y_desc,  # [M, N], boxes [BLOCK_M, BLOCK_N]
+    y_desc,  # [M, N], boxes [BLOCK_M, BLOCK_N]; half as wide if GLU
     residual_desc,  # [M, N], boxes [BLOCK_M, BLOCK_N]; y_desc if there is none
     token_scale_ptr,  # [M] fp32
     token_sum_ptr,  # [M] int32, read per channel only
@@ -47,6 +47,7 @@ def gemm_hopper_kernel(
     GROUPED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
+    GLU: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     ROWS: gl.constexpr,
@@ -63,7 +64,8 @@ def gemm_hopper_kernel(
     w_buffers = gl.allocate_shared_memory(
         gl.uint8, [ROWS * SLOTS, BLOCK_N // 2, 128], w_desc.layout
     )
-    y_buffers = gl.allocate_shared_memory(y_desc.dtype, [ROWS, BLOCK_M, BLOCK_N], y_desc.layout)
+    OUT_N: gl.constexpr = BLOCK_N // 2 if GLU else BLOCK_N
+    y_buffers = gl.allocate_shared_memory(y_desc.dtype, [ROWS, BLOCK_M, OUT_N], y_desc.layout)
     # stand-ins where a buffer is not needed
     word_buffers = w_buffers
     if GROUPED:
@@ -106,9 +108,9 @@ def gemm_hopper_kernel(
         gl.warp_specialize(
             [
                 (consume, (0, work, ring, sums, scales, output, GROUPED, HAS_BIAS, HAS_RESIDUAL,
-                           BLOCK_M, BLOCK_N, ROWS, WAYS, UNROLL, STAGES, GROUP_M, SPLIT)),
+                           GLU, BLOCK_M, BLOCK_N, ROWS, WAYS, UNROLL, STAGES, GROUP_M, SPLIT)),
                 (consume, (1, work, ring, sums, scales, output, GROUPED, HAS_BIAS, HAS_RESIDUAL,
-                           BLOCK_M, BLOCK_N, ROWS, WAYS, UNROLL, STAGES, GROUP_M, SPLIT)),
+                           GLU, BLOCK_M, BLOCK_N, ROWS, WAYS, UNROLL, STAGES, GROUP_M, SPLIT)),
                 (load_weights, (work, k_tiles, early, descs, ring, GROUPED, BLOCK_N, ROWS, WAYS,
                                 UNROLL, STAGES, GROUP_M)),
                 (load_tokens, (work, x_desc, ring, BLOCK_M, WAYS, UNROLL, STAGES, GROUP_M)),
@@ -120,13 +122,13 @@ def gemm_hopper_kernel(
         gl.warp_specialize(
             [
                 (consume, (0, work, ring, sums, scales, output, GROUPED, HAS_BIAS, HAS_RESIDUAL,
-                           BLOCK_M, BLOCK_N, ROWS, WAYS, UNROLL, STAGES, GROUP_M, SPLIT)),
+                           GLU, BLOCK_M, BLOCK_N, ROWS, WAYS, UNROLL, STAGES, GROUP_M, SPLIT)),
                 (consume, (1, work, ring, sums, scales, output, GROUPED, HAS_BIAS, HAS_RESIDUAL,
-                           BLOCK_M, BLOCK_N, ROWS, WAYS, UNROLL, STAGES, GROUP_M, SPLIT)),
+                           GLU, BLOCK_M, BLOCK_N, ROWS, WAYS, UNROLL, STAGES, GROUP_M, SPLIT)),
                 (consume, (2, work, ring, sums, scales, output, GROUPED, HAS_BIAS, HAS_RESIDUAL,
-                           BLOCK_M, BLOCK_N, ROWS, WAYS, UNROLL, STAGES, GROUP_M, SPLIT)),
+                           GLU, BLOCK_M, BLOCK_N, ROWS, WAYS, UNROLL, STAGES, GROUP_M, SPLIT)),
                 (consume, (3, work, ring, sums, scales, output, GROUPED, HAS_BIAS, HAS_RESIDUAL,
-                           BLOCK_M, BLOCK_N, ROWS, WAYS, UNROLL, STAGES, GROUP_M, SPLIT)),
+                           GLU, BLOCK_M, BLOCK_N, ROWS, WAYS, UNROLL, STAGES, GROUP_M, SPLIT)),
                 (load_weights, (work, k_tiles, early, descs, ring, GROUPED, BLOCK_N, ROWS, WAYS,
                                 UNROLL, STAGES, GROUP_M)),
                 (load_tokens, (work, x_desc, ring, BLOCK_M, WAYS, UNROLL, STAGES, GROUP_M)),
