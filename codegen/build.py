@@ -16,11 +16,13 @@ from typing import Any
 import triton
 
 from qoqc.codegen.family import Family, Kernel, Op, Tile, single
+from qoqc.codegen.kernels.act_quantize import ACT_QUANTIZE
 from qoqc.codegen.kernels.attention_combine import ATTENTION_COMBINE
 from qoqc.codegen.kernels.attention_decode import ATTENTION_DECODE
 from qoqc.codegen.kernels.attention_prefill import ATTENTION_PREFILL
 from qoqc.codegen.kernels.gemm_forms import GEMM
 from qoqc.codegen.kernels.kv_append import KV_APPEND
+from qoqc.codegen.kernels.norm_quantize import NORM_QUANTIZE
 from qoqc.codegen.kernels.quantize import QUANTIZE
 from qoqc.codegen.specialize import literal, specialize
 from qoqc.config import cache_dir
@@ -33,6 +35,8 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         single(QUANTIZE),
+        single(NORM_QUANTIZE),
+        single(ACT_QUANTIZE),
         GEMM,
         single(KV_APPEND),
         single(ATTENTION_DECODE),
@@ -121,10 +125,14 @@ def _wrapped(text: str) -> list[str]:
     return [*lines[:-1], lines[-1] + "."]
 
 
+def digest_of(source: bytes) -> str:
+    """What tells generated files of a family apart, in their names: the text, Triton's version."""
+    return hashlib.sha256(triton.__version__.encode() + b"\n" + source).hexdigest()[:8]
+
+
 def _build(family: Family, spec: Any, tile: Tile, folder: Path) -> Kernel:
     source = generate(family, spec, tile)
-    digest = hashlib.sha256(f"{triton.__version__}\n{source}".encode()).hexdigest()[:8]
-    path = folder / f"{family.name}-{digest}.py"
+    path = folder / f"{family.name}-{digest_of(source.encode())}.py"
     _publish(path, source)
     module = _load(path, source)
     log.debug("built %s", path.name)

@@ -17,12 +17,15 @@ from torch import Tensor
 from qoqc.codegen.build import OPS, build, dump_kernels
 from qoqc.codegen.family import Kernel, Op
 from qoqc.codegen.kernels import (
+    act_quantize,
     attention,
     attention_combine,
     attention_decode,
     attention_prefill,
     gemm,
     kv_append,
+    norm_call,
+    norm_quantize,
     quantize,
 )
 from qoqc.codegen.tuning import choose
@@ -89,6 +92,34 @@ def quantize_act(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(x):
         kernel = kernel_for(OPS["quantize"], spec, _tokens(x), x.device)
         return quantize.launch(kernel, x)
+
+
+def norm_quant(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    """qoqc::norm_quant by a generated kernel."""
+    call = norm_call.call_of(
+        x, residual, weight, bias, kind, eps, offset, round_first, keep
+    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        kernel = kernel_for(OPS["norm_quantize"], call.spec, call.tokens, x.device)
+        return norm_quantize.launch(kernel, call)
+
+
+def act_quant(gate: Tensor, up: Tensor | None, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """qoqc::act_quant by a generated kernel."""
+    spec = act_quantize.spec_of(gate, up, kind)
+    with torch.cuda.device_of(gate):
+        kernel = kernel_for(OPS["act_quantize"], spec, _tokens(gate), gate.device)
+        return act_quantize.launch(kernel, gate, up)
 
 
 def w4a8_linear(
@@ -193,6 +224,8 @@ def _tokens(x: Tensor) -> int:
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "quantize_act": quantize_act,
+    "norm_quant": norm_quant,
+    "act_quant": act_quant,
     "w4a8_linear": w4a8_linear,
     "w4a8_glu": w4a8_glu,
     "kv4_append": kv4_append,

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
 from qoqc.codegen import dispatch
 from qoqc.config import Options
-from qoqc.ir import ops, reference
+from qoqc.ir import glue, ops, reference
 from qoqc.quant.activation import quantize_act
 from qoqc.runtime.dynamo import add_static_input
 from qoqc.runtime.weights import Bundle
+
+DEFINITIONS: dict[Any, Any] = {
+    ops.quantize_act: quantize_act,
+    ops.norm_quant: glue.norm_quant,
+    ops.act_quant: glue.act_quant,
+}
+"""What a CPU runs instead of the quantizing ops."""
 
 
 def lower(
@@ -19,22 +28,22 @@ def lower(
     """Lower `gm` in place for `device`; returns how many nodes changed.
 
     CUDA  the ops keep their names; Triton kernels are registered behind them.
-    CPU   quantize_act and w4a8_linear become calls of their definitions, which Inductor traces
-          into: scales, rounding and casts fuse with the norms around them, and the GEMM is
+    CPU   the quantizing ops and w4a8_linear become calls of their definitions, which Inductor
+          traces into: norms, activations, scales and rounding fuse into loops, and the GEMM is
           torch's int8 one. Level 2 of the weights is expanded once for it, which costs twice the
           memory of the 4-bit weights; a CPU has no fast way to unpack nibbles at every call.
     """
     if device.type == "cuda":
         dispatch.install(options.tune, options.dump)
         return 0
-    return _inline_quantize(gm) + _expand_weights(gm, bound)
+    return _inline_quantizers(gm) + _expand_weights(gm, bound)
 
 
-def _inline_quantize(gm: GraphModule) -> int:
+def _inline_quantizers(gm: GraphModule) -> int:
     count = 0
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target is ops.quantize_act:
-            node.target = quantize_act
+        if node.op == "call_function" and node.target in DEFINITIONS:
+            node.target = DEFINITIONS[node.target]
             count += 1
     return count
 

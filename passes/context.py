@@ -17,7 +17,7 @@ from qoqc.runtime.weights import STORE, Bundle, WeightStore
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A node left in 16 bit. `kept` if a rule says so (heads, routers, excludes), not a failing."""
+    """A node left as it was. `kept` if a rule says so (heads, routers, excludes), not a failing."""
 
     name: str
     reason: str
@@ -35,6 +35,7 @@ class Context:
     index    placeholder -> its position among the arguments Dynamo passes
     bound    placeholder added by a pass -> the tensor qoqc passes for it
     bundles  (bundle, the placeholders of its Parameters), one per packed weight in use
+    unfused  what stands in front of a quantized linear and is computed apart: right, but slower
     """
 
     options: Options
@@ -44,6 +45,7 @@ class Context:
     bound: dict[Node, torch.Tensor] = dataclasses.field(default_factory=dict)
     bundles: list[tuple[Bundle, tuple[Node, ...]]] = dataclasses.field(default_factory=list)
     refusals: list[Refusal] = dataclasses.field(default_factory=list)
+    unfused: list[Refusal] = dataclasses.field(default_factory=list)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod

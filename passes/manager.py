@@ -13,6 +13,8 @@ from qoqc.log import dump, get_logger, span
 from qoqc.passes.attention import attention
 from qoqc.passes.cleanup import cleanup
 from qoqc.passes.context import Context
+from qoqc.passes.fuse_act import fuse_act
+from qoqc.passes.fuse_norm import fuse_norm
 from qoqc.passes.linear import linear
 from qoqc.passes.merge import merge
 from qoqc.passes.normalize import normalize
@@ -26,6 +28,8 @@ PIPELINE: tuple[Pass, ...] = (
     merge,  # before linear: packs sibling weights as one
     linear,
     share_quant,  # after linear: it looks at quantize_act nodes
+    fuse_norm,  # after share_quant: one quantize_act per norm
+    fuse_act,
     cleanup,  # last: the others leave dead nodes behind
 )
 
@@ -45,6 +49,8 @@ def run(gm: GraphModule, ctx: Context, dump_name: str = "graph") -> None:
             ctx.counts[name] = step(gm, ctx)
         log.debug("pass %s: %d rewrites", name, ctx.counts[name])
         _dump(gm, ctx, f"{dump_name}/{number:02d}-{name}.after.py")
+    for left in ctx.unfused:
+        log.info("computed apart: %s", left)
     gm.graph.lint()
     gm.recompile()
     check(gm, before)

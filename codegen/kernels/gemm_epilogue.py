@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qoqc.codegen.kernels.pieces import round_to_bf16
+from qoqc.codegen.kernels.pieces import rounded
 
 
 @triton.jit
@@ -61,14 +61,6 @@ def finish(
             residual = tl.load(residual_ptr + first_m * N + offs_y, mask=inside, other=0.0)
             y += residual.to(tl.float32)
     tl.store(y_ptr + offs_y, rounded(y, kind, ROUND_BF16).to(kind), mask=inside)
-
-
-@triton.jit
-def rounded(y, KIND: tl.constexpr, ROUND_BF16: tl.constexpr):
-    """fp32 `y` rounded to values of KIND, still fp32."""
-    if ROUND_BF16:
-        y = round_to_bf16(y)
-    return y.to(KIND).to(tl.float32)
 
 
 @triton.jit

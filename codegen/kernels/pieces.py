@@ -52,8 +52,16 @@ def round_to_bf16(x):
     For Triton's interpreter only, whose conversion to bfloat16 cuts the low bits off.
     """
     bits = x.to(tl.int32, bitcast=True)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def rounded(y, KIND: tl.constexpr, ROUND_BF16: tl.constexpr):
+    """fp32 `y` rounded to values of KIND, still fp32."""
+    if ROUND_BF16:
+        y = round_to_bf16(y)
+    return y.to(KIND).to(tl.float32)
 
 
 @triton.jit

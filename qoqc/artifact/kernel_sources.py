@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qoqc.codegen.build import OPS, generate
-from qoqc.codegen.kernels import attention, attention_decode
+from qoqc.codegen.kernels import act_quantize, attention, attention_decode, norm_call
 from qoqc.codegen.kernels.quantize import QuantizeSpec
 from qoqc.codegen.tuning.choose import known
 from qoqc.ir import ops
@@ -45,6 +45,14 @@ def wanted(gm: GraphModule) -> list[Wanted]:
         if is_call(node, ops.quantize_act):
             x = example(node.args[0])
             found[Wanted("quantize", QuantizeSpec(int(x.shape[-1]), x.dtype))] = None
+        if is_call(node, ops.norm_quant):
+            tensors = (example(arg) for arg in node.args[:4])
+            scalars: Any = node.args[4:]
+            found[Wanted("norm_quantize", norm_call.call_of(*tensors, *scalars).spec)] = None
+        if is_call(node, ops.act_quant):
+            gate, up = (example(arg) for arg in node.args[:2])
+            kind: Any = node.args[2]
+            found[Wanted("act_quantize", act_quantize.spec_of(gate, up, kind))] = None
         spec = node.meta.get("qoqc")
         if isinstance(spec, LinearSpec):
             found[Wanted("w4a8_linear", spec)] = None

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from qoqc.ir import reference
+from qoqc.ir import glue, reference
 from qoqc.ir.spec import PAGE
 from qoqc.quant.activation import quantize_act as _quantize_act
 from qoqc.quant.kv import fake_quantize_kv
@@ -22,6 +22,13 @@ from qoqc.quant.weight import PackedWeight, expand_int8
 SCHEMAS = {
     # x [..., K] -> int8 [..., K], token_scale fp32 [...], token_sum int32 [...]
     "quantize_act": "(Tensor x) -> (Tensor, Tensor, Tensor)",
+    # quantize_act of norm(x + residual); also the sum and, if `keep`, the norm (ir/glue.py)
+    "norm_quant": (
+        "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, str kind, float eps, "
+        "float offset, bool round_first, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    # quantize_act of activation(gate) * up
+    "act_quant": "(Tensor gate, Tensor? up, str kind) -> (Tensor, Tensor, Tensor)",
     # one format: group_word (g128) or channel_zero (per channel) -> dtype [..., N]
     "w4a8_linear": (
         "(Tensor xq, Tensor token_scale, Tensor token_sum, Tensor qweight, Tensor channel_scale, "
@@ -59,6 +66,8 @@ for _name, _schema in SCHEMAS.items():
     torch.library.define(f"qoqc::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 quantize_act = torch.ops.qoqc.quantize_act.default
+norm_quant = torch.ops.qoqc.norm_quant.default
+act_quant = torch.ops.qoqc.act_quant.default
 w4a8_linear = torch.ops.qoqc.w4a8_linear.default
 w4a8_glu = torch.ops.qoqc.w4a8_glu.default
 int8_matmul = torch.ops.qoqc.int8_matmul.default
@@ -66,6 +75,9 @@ kv4_append = torch.ops.qoqc.kv4_append.default
 kv4_dequant = torch.ops.qoqc.kv4_dequant.default
 kv4_attention = torch.ops.qoqc.kv4_attention.default
 kv4_round = torch.ops.qoqc.kv4_round.default
+
+QUANTIZERS = (quantize_act, norm_quant, act_quant)
+"""The ops whose first three outputs are what a w4a8_linear reads."""
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -112,6 +124,40 @@ def _quantize_act_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x.new_empty(x.shape[:-1], dtype=torch.float32),
         x.new_empty(x.shape[:-1], dtype=torch.int32),
     )
+
+
+@torch.library.impl("qoqc::norm_quant", "default")
+def _norm_quant_impl(*args: Any) -> tuple[Tensor, ...]:
+    return glue.norm_quant(*args)
+
+
+@_fake("norm_quant")
+def _norm_quant_fake(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        *_quantize_act_fake(x),
+        x.new_empty(0 if residual is None else x.shape),
+        x.new_empty(x.shape if keep else 0),
+    )
+
+
+@torch.library.impl("qoqc::act_quant", "default")
+def _act_quant_impl(gate: Tensor, up: Tensor | None, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    return glue.act_quant(gate, up, kind)
+
+
+@_fake("act_quant")
+def _act_quant_fake(gate: Tensor, up: Tensor | None, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _quantize_act_fake(gate)
 
 
 @torch.library.impl("qoqc::w4a8_linear", "default")

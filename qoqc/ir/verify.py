@@ -37,7 +37,7 @@ def check(gm: GraphModule, writes_before: Counter[str]) -> None:
 
 
 def linear_reads_quantized(node: Node) -> str | None:
-    """The activation inputs of a w4a8_linear are the three outputs of one quantize_act."""
+    """The activation inputs of a linear are the first three outputs of one quantizing op."""
     if node.target is not ops.w4a8_linear:
         return None
     for position, part in enumerate(node.args[:3]):
@@ -45,13 +45,13 @@ def linear_reads_quantized(node: Node) -> str | None:
             isinstance(part, Node)
             and part.target is operator.getitem
             and isinstance(part.args[0], Node)
-            and part.args[0].target is ops.quantize_act
+            and part.args[0].target in ops.QUANTIZERS
             and part.args[1] == position
         )
         if not is_part:
-            return f"argument {position} is not output {position} of a quantize_act"
+            return f"argument {position} is not output {position} of a quantizing op"
     sources = {part.args[0] for part in node.args[:3] if isinstance(part, Node)}
-    return None if len(sources) == 1 else "activation inputs come from different quantize_acts"
+    return None if len(sources) == 1 else "activation inputs come from different quantizing ops"
 
 
 def linear_keeps_dtype(node: Node) -> str | None:
@@ -69,8 +69,8 @@ def linear_keeps_dtype(node: Node) -> str | None:
 
 
 def quantize_reads_float(node: Node) -> str | None:
-    """A quantize_act reads a floating-point tensor."""
-    if node.target is not ops.quantize_act:
+    """A quantizing op reads a floating-point tensor."""
+    if node.target not in ops.QUANTIZERS:
         return None
     source = node.args[0]
     value = source.meta.get("example_value") if isinstance(source, Node) else None

@@ -21,7 +21,10 @@ import triton
 
 from qoqc.codegen.aot import compile_for
 from qoqc.codegen.build import FAMILIES
+from qoqc.codegen.kernels.act_quantize import ActSpec
+from qoqc.codegen.kernels.norm_call import NormSpec
 from qoqc.codegen.kernels.quantize import QuantizeSpec
+from qoqc.ir.glue import ActKind
 from qoqc.ir.spec import AttentionSpec, KVSpec, LinearSpec, to_json
 from qoqc.runtime.device import DeviceKey
 
@@ -54,7 +57,25 @@ def cases(arch: int) -> Iterator[tuple[str, Any, int]]:
             yield name, spec, tokens
     for features in (128, 300, 4096, 14336, 20000) if hopper else (4096,):
         yield "quantize", QuantizeSpec(features, torch.bfloat16), 1024
+    yield from glue_cases(hopper)
     yield from attention_cases(hopper)
+
+
+def glue_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
+    """Norms and activations in front of linears; on sm_90 every form, and tails and loops."""
+    llama = NormSpec(4096, torch.bfloat16, round_first=True, has_residual=True)
+    full = NormSpec(8192, torch.bfloat16, "layer", has_residual=True, has_bias=True, keep=True)
+    yield "norm_quantize", llama, 1024
+    yield "norm_quantize", full, 16
+    yield "act_quantize", ActSpec(14336, torch.bfloat16), 1024
+    if hopper:
+        yield "norm_quantize", NormSpec(3584, torch.bfloat16, offset=1.0), 1024
+        yield "norm_quantize", NormSpec(201, torch.float16, "centred", has_residual=True), 1024
+        yield "norm_quantize", NormSpec(16384, torch.bfloat16, "layer", has_bias=True), 1024
+        kinds: tuple[ActKind, ...] = ("gelu", "gelu_tanh", "relu")
+        for kind in kinds:
+            yield "act_quantize", ActSpec(16384, torch.bfloat16, kind, gated=False), 1024
+        yield "act_quantize", ActSpec(29568, torch.bfloat16), 16
 
 
 def gemm_ways_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
@@ -151,6 +172,7 @@ def facts_of(case: tuple[DeviceKey, tuple[str, Any, int]]) -> str:
         "ptx_layouts": ptx_layouts(compiled.asm["ttgir"]),
         "mma_warps": mma_warps(compiled.asm["ttgir"]),
         "ldmatrix": ptx.count("ldmatrix.sync"),
+        "global_loads": sorted(set(re.findall(r"ld\.global\.(\S+)", ptx))),
         "async_copies": ptx.count("cp.async.c"),
         "async_shapes": async_copies(compiled.asm["ttgir"]),
         **usage(compiled.asm["cubin"]),

@@ -58,9 +58,20 @@ def test_shared_memory_fits_and_is_not_underestimated(family: str, facts: list[F
 
 
 def test_exact_families_hold_no_fma_and_no_flush_to_zero(facts: list[Facts]) -> None:
-    exact = [f for f in facts if not FAMILIES[f["family"]].fp_fusion]
+    # erf is a library function with both inside: its result is held to an error, not to bits
+    exact = [
+        f for f in facts if not FAMILIES[f["family"]].fp_fusion and f["spec"].get("kind") != "gelu"
+    ]
     assert exact
     assert offenders(exact, "fma", "flush") == []
+
+
+def test_glue_loads_16_bytes_at_a_time(facts: list[Facts]) -> None:
+    seen = [f for f in facts if f["family"] in ("norm_quantize", "act_quantize")]
+    whole = [f for f in seen if f["spec"]["features"] % 128 == 0]
+    assert whole and len(whole) < len(seen)
+    for f in whole:
+        assert f["global_loads"] == ["v4.b32"], f
 
 
 def test_gemm_runs_on_integer_tensor_cores(facts: list[Facts]) -> None:

@@ -14,9 +14,12 @@ import triton
 from qoqc.codegen import build as building
 from qoqc.codegen.build import FAMILIES, build, built_kernels, dump_kernels, generate
 from qoqc.codegen.family import Family, Tile
+from qoqc.codegen.kernels.act_quantize import ACT_QUANTIZE, ActSpec
 from qoqc.codegen.kernels.gemm_hopper_tiles import GEMM_HOPPER
 from qoqc.codegen.kernels.gemm_plain import GEMM_PLAIN
 from qoqc.codegen.kernels.gemm_ways import GEMM_WAYS
+from qoqc.codegen.kernels.norm_call import NormSpec
+from qoqc.codegen.kernels.norm_quantize import NORM_QUANTIZE
 from qoqc.codegen.kernels.quantize import QUANTIZE, QuantizeSpec, launch
 from qoqc.ir.spec import LinearSpec
 from qoqc.quant.activation import quantize_act
@@ -31,6 +34,20 @@ GOLDEN = Path(__file__).parent / "golden"
 GOLDENS: dict[str, tuple[Family, object, int, DeviceKey]] = {
     "quantize": (QUANTIZE, QuantizeSpec(4096, torch.bfloat16), 16, H200),
     "quantize_loop": (QUANTIZE, QuantizeSpec(20000, torch.float16), 16, H200),
+    "norm_quantize": (
+        NORM_QUANTIZE,
+        NormSpec(4096, torch.bfloat16, round_first=True, has_residual=True),
+        16,
+        H200,
+    ),
+    "norm_quantize_loop": (
+        NORM_QUANTIZE,
+        NormSpec(12288, torch.float16, "layer", 1e-5, has_bias=True, keep=True),
+        16,
+        H200,
+    ),
+    "act_quantize": (ACT_QUANTIZE, ActSpec(14336, torch.bfloat16), 16, H200),
+    "act_quantize_loop": (ACT_QUANTIZE, ActSpec(20480, torch.float16, "gelu", False), 16, H200),
     "gemm_g128": (GEMM_PLAIN, LinearSpec(4096, 4096, 128, torch.bfloat16), 16, H200),
     "gemm_per_channel_bias_residual": (
         GEMM_PLAIN,
@@ -161,6 +178,10 @@ def test_generated_files_import_nothing_else(name: str) -> None:
     ("family", "spec"),
     [
         (QUANTIZE, SPEC),
+        (NORM_QUANTIZE, NormSpec(40, torch.bfloat16, offset=1.0, has_residual=True, keep=True)),
+        (NORM_QUANTIZE, NormSpec(8200, torch.float32, "layer", has_bias=True)),
+        (ACT_QUANTIZE, ActSpec(40, torch.bfloat16, "gelu_tanh")),
+        (ACT_QUANTIZE, ActSpec(16400, torch.float32, "gelu", gated=False)),
         (GEMM_PLAIN, LinearSpec(200, 72, 128, torch.bfloat16, has_bias=True)),
         (GEMM_PLAIN, LinearSpec(128, 130, -1, torch.float32, has_residual=True)),
         (GEMM_WAYS, LinearSpec(200, 72, 128, torch.bfloat16, has_bias=True)),

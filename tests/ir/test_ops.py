@@ -44,6 +44,23 @@ def linear_args(
     )  # fmt: skip
 
 
+def norm_args(
+    dtype: torch.dtype,
+    kind: str,
+    *,
+    offset: float = 0.0,
+    residual: bool = False,
+    keep: bool = False,
+    strides: bool = False,
+) -> tuple[Any, ...]:
+    x, r = randn(2, 3, 64).to(dtype), randn(2, 3, 64, seed=1).to(dtype)
+    if strides:
+        x, r = strided(x), strided(r)
+    bias = randn(64, seed=3).to(dtype) if kind == "layer" else None
+    weight = randn(64, seed=2).to(dtype)
+    return (x, r if residual else None, weight, bias, kind, 1e-6, offset, False, keep)
+
+
 def int8_args(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     xq, _, _ = quantize_act(randn(rows, 200, seed=1))
     return xq, expand_int8(quantize_weight(randn(70, 200), 128))
@@ -97,6 +114,21 @@ CASES: dict[str, Callable[[], Case]] = {
     "quantize_act bf16": lambda: (ops.quantize_act, (randn(5, 64).to(BF16),)),
     "quantize_act strided": lambda: (ops.quantize_act, (strided(randn(2, 3, 64).to(FP16)),)),
     "quantize_act flat": lambda: (ops.quantize_act, (randn(64),)),
+    "norm_quant rms": lambda: (ops.norm_quant, norm_args(BF16, "rms")),
+    "norm_quant one plus weight": lambda: (ops.norm_quant, norm_args(FP16, "rms", offset=1.0)),
+    "norm_quant layer kept": lambda: (
+        ops.norm_quant, norm_args(FP32, "layer", residual=True, keep=True)
+    ),
+    "norm_quant centred strided": lambda: (
+        ops.norm_quant, norm_args(BF16, "centred", residual=True, keep=True, strides=True)
+    ),
+    "act_quant silu halves": lambda: (
+        ops.act_quant, (*randn(2, 3, 64).to(BF16).chunk(2, -1), "silu")
+    ),
+    "act_quant gelu": lambda: (ops.act_quant, (randn(5, 64), None, "gelu")),
+    "act_quant strided": lambda: (
+        ops.act_quant, (strided(randn(2, 3, 64)), randn(2, 3, 64), "relu")
+    ),
     "w4a8 g128 bf16": lambda: (
         ops.w4a8_linear, linear_args(grouped=True, dtype=BF16, extra=False)
     ),

@@ -89,14 +89,30 @@ def test_good_graph_passes() -> None:
     assert writes(gm.graph)["add_"] == 1
 
 
+def test_a_fused_quantizer_is_one_too() -> None:
+    """The outputs of act_quant feed a linear; those behind the third of norm_quant do not."""
+    gm = good()
+    quantize = of(gm, ops.quantize_act)[0]
+    quantize.target, quantize.args = ops.act_quant, (quantize.args[0], None, "relu")
+    check(gm, writes(gm.graph))
+    quantize.target = ops.norm_quant
+    quantize.args = (quantize.args[0], None, None, None, "rms", 1e-6, 0.0, False, True)
+    check(gm, writes(gm.graph))
+    part = of(gm, ops.w4a8_linear)[0].args[0]
+    assert isinstance(part, Node)
+    part.args = (quantize, 4)
+    with pytest.raises(VerifyError, match="argument 0 is not output 0 of a quantizing op"):
+        check(gm, writes(gm.graph))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (drop_write, "in-place operations changed"),
         (add_write, "in-place operations changed"),
-        (swap_parts, "argument 1 is not output 1 of a quantize_act"),
-        (unquantized_input, "argument 0 is not output 0 of a quantize_act"),
-        (mix_sources, "activation inputs come from different quantize_acts"),
+        (swap_parts, "argument 1 is not output 1 of a quantizing op"),
+        (unquantized_input, "argument 0 is not output 0 of a quantizing op"),
+        (mix_sources, "activation inputs come from different quantizing ops"),
         (wrong_dtype, "dtype torch.float16 instead of torch.float32"),
         (no_spec, "no spec or example value"),
         (wrong_width, "64 output channels instead of 32"),

@@ -35,8 +35,8 @@ def round_to_bf16(x):
     For Triton's interpreter only, whose conversion to bfloat16 cuts the low bits off.
     """
     bits = x.to(tl.int32, bitcast=True)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit

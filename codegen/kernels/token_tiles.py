@@ -1,0 +1,61 @@
+"""Tiles of kernels that go over whole tokens: tokens in registers, or a loop over one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from qoqc.codegen.family import Tile
+from qoqc.codegen.kernels.pieces import INTERPRETED_DEVICE
+from qoqc.runtime.device import DeviceKey
+
+LOOP_BLOCK = 4096
+"""Values of a token that does not fit into registers which a program takes at a time."""
+
+
+def tile_of(
+    features: int,
+    dtype: torch.dtype,
+    values: int,
+    num_warps: int,
+    device: DeviceKey,
+    one_pass: int,
+) -> Tile:
+    """A tile of about `values` values: whole tokens up to `one_pass` long, else a piece of one."""
+    padded = max(16, triton.next_power_of_2(features))
+    loop = padded > one_pass
+    block = min(padded, LOOP_BLOCK) if loop else padded
+    constexprs = {
+        "ROWS": 1 if loop else max(1, values // block),
+        "BLOCK_K": block,
+        "LOOP": int(loop),
+        # the interpreter cuts where hardware rounds
+        "ROUND_BF16": int(device.name == INTERPRETED_DEVICE and dtype is torch.bfloat16),
+    }
+    return Tile(tuple(constexprs.items()), num_warps, num_stages=2)
+
+
+def heuristic(
+    features: int, dtype: torch.dtype, size: int, device: DeviceKey, one_pass: int
+) -> Tile:
+    """Sixteen values per thread, two 16-byte loads; tokens grouped only when there are plenty."""
+    padded = max(16, triton.next_power_of_2(features))
+    held = LOOP_BLOCK if padded > one_pass else padded
+    values = max(held, 2048 if size >= 4 * device.sm_count else 0)
+    num_warps = min(16, max(1, values // 512))
+    return tile_of(features, dtype, values, num_warps, device, one_pass)
+
+
+def candidates(
+    features: int, dtype: torch.dtype, size: int, device: DeviceKey, one_pass: int
+) -> Sequence[Tile]:
+    """Tokens per program times warps; at most 64 values per thread, more would spill."""
+    tiles = {heuristic(features, dtype, size, device, one_pass): None}
+    for values in (1, 2048, 4096, 8192):
+        for num_warps in (1, 2, 4, 8, 16):
+            tile = tile_of(features, dtype, values, num_warps, device, one_pass)
+            if tile["ROWS"] * tile["BLOCK_K"] <= 64 * 32 * num_warps:
+                tiles[tile] = None
+    return tuple(tiles)
