@@ -73,6 +73,8 @@ def load_config(name: str) -> Any:
 def load_model(name: str, device: torch.device, dtype: torch.dtype | str = "auto") -> Any:
     """A decoder in 16 or 32 bit on `device`, from safetensors files only (no pickle)."""
     config = load_config(name)
+    if getattr(config, "quantization_config", None):
+        raise Unsupported(f"{name} is quantized already; make an artifact of it by qoqc convert")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True

@@ -206,6 +206,11 @@ def encoder_decoder(path: Path) -> None:
     (path / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 64}))
 
 
+def quantized(path: Path) -> None:
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "awq", "bits": 4}}
+    (path / "config.json").write_text(json.dumps(config))
+
+
 def not_causal(path: Path) -> None:
     (path / "config.json").write_text(json.dumps({"model_type": "vit"}))
 
@@ -242,6 +247,7 @@ def double_precision(path: Path) -> None:
         (no_config, "no readable config.json"),
         (bad_config, "no readable config.json"),
         (encoder_decoder, "is an encoder-decoder model (t5)"),
+        (quantized, "is quantized already; make an artifact of it by qoqc convert"),
         (not_causal, "(vit) is not a causal language model"),
         (no_weights, "the weights cannot be loaded"),
         (pickle_only, "the weights cannot be loaded"),
