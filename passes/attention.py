@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,15 +31,25 @@ def attention(gm: GraphModule, ctx: Context) -> int:
         o = sdpa(q, k, v)  ->  o = sdpa(q, kv4_round(k), kv4_round(v))
     """
     count = 0
-    for number, node in enumerate(n for n in list(gm.graph.nodes) if is_call(n, SDPA)):
+    found = [node for node in gm.graph.nodes if is_call(node, SDPA)]
+    bits = _bits(ctx, len(found))
+    for number, node in enumerate(found):
         read = _cache_read(node)
         if isinstance(read, Node):
             count += _fuse(gm, ctx, node, read, f"attention {number}")
         elif _is_16bit_cache(node):
             reason = f"reads a 16-bit cache ({read}); generate through qoqc.compile or a KV4Cache"
-            ctx.refuse(f"attention {number}", reason, kept=ctx.options.kv_bits == 16)
-        elif ctx.options.prefill_kv == "quantized" and ctx.options.kv_bits != 16:
-            count += _round_chunk(gm, node, ctx.options.kv_bits)
+            ctx.refuse(f"attention {number}", reason, kept=bits is not None and bits[number] == 16)
+        elif ctx.options.prefill_kv == "quantized" and not is_call(
+            source(node.args[1]), ops.kv4_round
+        ):  # where it is, the cache did it already
+            if bits is None:
+                reason = (
+                    f"kv_layers has {len(ctx.options.kv_layers)} layers, this graph another number"
+                )
+                ctx.refuse(f"attention {number}", reason)
+            elif bits[number] != 16:
+                count += _round_chunk(gm, node, bits[number])
     for node in gm.graph.nodes:
         if is_call(node, ops.kv4_dequant) and not _is_only_shape_read(node):
             ctx.refuse(
@@ -118,10 +129,15 @@ def _is_whole(index: Any) -> bool:
     return all(part is None or part is Ellipsis or part == slice(None) for part in parts)
 
 
+def _bits(ctx: Context, attentions: int) -> Sequence[int] | None:
+    """Bits by attention; None if kv_layers does not tell (graph breaks, attention without SDPA)."""
+    if not ctx.options.kv_layers:
+        return [ctx.options.kv_bits] * attentions
+    return ctx.options.kv_layers if len(ctx.options.kv_layers) == attentions else None
+
+
 def _round_chunk(gm: GraphModule, sdpa: Node, bits: int) -> int:
     q, k, v = sdpa.args
-    if is_call(source(k), ops.kv4_round):  # the cache did it already
-        return 0
     with gm.graph.inserting_before(sdpa):
         rounded = [gm.graph.call_function(ops.kv4_round, (x, bits)) for x in (k, v)]
     for new, old in zip(rounded, (k, v), strict=True):

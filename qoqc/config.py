@@ -26,6 +26,7 @@ class Options:
 
     group_size    weights per level-2 group along the input channels; -1 = one group per channel.
     kv_bits       bits of the KV cache made by `qoqc.compile`; 16 leaves the model's own cache.
+    kv_layers     bits of each layer's part of the cache, first to last, in place of kv_bits.
     prefill_kv    what the tokens of a prefill chunk attend to among themselves: their "exact"
                   16-bit keys and values, or the "quantized" ones a later read would give.
                   With "quantized" a forward without a cache quantizes too (perplexity runs).
@@ -42,6 +43,7 @@ class Options:
 
     group_size: Literal[128, -1] = 128
     kv_bits: Literal[4, 8, 16] = 4
+    kv_layers: tuple[Literal[4, 8, 16], ...] = ()
     prefill_kv: Literal["exact", "quantized"] = "exact"
     exclude: tuple[str, ...] = ()
     strict: bool = False
@@ -67,8 +69,18 @@ class Options:
             if name not in known:
                 raise OptionError(f"unknown option {name!r}; qoqc knows {', '.join(sorted(known))}")
             values[name] = _checked(name, value, hints[name])
+        if values.get("kv_layers") and values.get("kv_bits") == 16:
+            raise OptionError("kv_bits=16 means no cache of qoqc's: it takes no kv_layers")
         values.setdefault("dump", os.environ.get("QOQC_DUMP") or None)
         return cls(**values)
+
+    def layer_bits(self, layers: int) -> tuple[Literal[4, 8, 16], ...]:
+        """KV bits of each of `layers` layers. Raises OptionError if kv_layers has another count."""
+        if self.kv_layers and len(self.kv_layers) != layers:
+            raise OptionError(
+                f"kv_layers names the bits of {len(self.kv_layers)} layers, the model has {layers}"
+            )
+        return self.kv_layers or (self.kv_bits,) * layers
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
@@ -78,6 +90,14 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)) or not all(isinstance(i, str) for i in items):
             raise OptionError(f"option exclude={value!r}: expected a list of name patterns")
+        return tuple(items)
+    if name == "kv_layers":
+        choices = [(type(choice), choice) for choice in get_args(allowed[0])]
+        items = value if isinstance(value, (list, tuple)) else [None]
+        if not all((type(item), item) in choices for item in items):
+            raise OptionError(
+                f"option kv_layers={value!r}: expected a list with 4, 8 or 16 for each layer"
+            )
         return tuple(items)
     if hint is bool:
         if not isinstance(value, bool):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import types
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -32,10 +32,11 @@ def compile(model: Model, **options: Any) -> Model:
     """
     parsed = Options.parse(options)
     require_decoder(model)
+    attributes: Any = model
+    parsed.layer_bits(attributes.config.get_text_config(decoder=True).num_hidden_layers)
     model.requires_grad_(False)
     STORE.note_tables_of(model)
     model.compile(backend="qoq", options=options or None)
-    attributes: Any = model
     attributes.qoqc_options = parsed  # what qoqc.save records
     if parsed.kv_bits != 16:
         provider = _CacheProvider(model, parsed)
@@ -59,7 +60,10 @@ def load(
             f"{directory} was packed with group_size={made_with.group_size}, asked for is "
             f"{given.group_size}; compile the model again"
         )
-    chosen = dataclasses.replace(made_with, **{name: getattr(given, name) for name in options})
+    changed = {name: getattr(given, name) for name in options}
+    if "kv_bits" in options and "kv_layers" not in options:
+        changed["kv_layers"] = ()  # asked for in every layer
+    chosen = dataclasses.replace(made_with, **changed)
     return compile(model, **dataclasses.asdict(chosen))
 
 
@@ -117,16 +121,15 @@ class _CacheProvider:
             if self._specs is None:
                 self._specs = probe_kv(model)
             capacity = max(MIN_CACHE, 1 << (length - 1).bit_length())
-            bits: Literal[4, 8] = 8 if self._options.kv_bits == 8 else 4
             self._cache = KV4Cache(
                 model.config,
                 capacity,
-                bits,
+                self._options.kv_layers or self._options.kv_bits,
                 self._options.prefill_kv,
                 # it makes its own masks for generate(), maybe of the cache's full length
                 whole_prefill=hasattr(model, "create_masks_for_generate"),
             )
-            self._cache.allocate(batch, self._specs, model.device)
+            self._cache.allocate(batch, self._specs, model.device, model.dtype)
             self._batch = batch
         self._cache.reset()
         return self._cache

@@ -30,7 +30,9 @@ QUICK_FAMILIES = frozenset(
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         family = getattr(item, "callspec", None) and item.callspec.params.get("family")  # type: ignore[attr-defined]
-        deep = {"structure", "folds"} & set(item.path.parts)
+        deep = {"structure", "folds", "test_fuse_norm.py", "test_fuse_act.py"} & set(
+            item.path.parts
+        )
         if deep and isinstance(family, str) and family not in QUICK_FAMILIES:
             item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():

@@ -17,7 +17,7 @@ from qoqc.pipeline import Report
 from qoqc.quant.pack import ceil_div
 from qoqc.quant.weight import PackedWeight
 
-FORMAT = 0
+FORMAT = 1
 """Version of the artifact format; a reader takes exactly its own."""
 
 PATH = "qoqc/manifest.json"
@@ -79,10 +79,12 @@ class Manifest:
     weights       packed weights by Parameter name
     tensors       names of the tensors stored as they are
     aliases       names that stand for another name's tensor (tied weights)
-    graphs        per captured graph: name, counts, refusals, the line of the report
+    graphs        per captured graph: name, counts, refusals
     bytes_before  size of all parameters in the model that was compiled
     bytes_after   size of the stored tensors
     files         SHA-256 of every other file, by path
+    recipe        how a calibration went, see calibrate.recipe.Record; None: rounded to nearest
+    gate          perplexity and KL next to the 16-bit model, on which text; None: not judged
     """
 
     architecture: str
@@ -95,6 +97,8 @@ class Manifest:
     bytes_before: int
     bytes_after: int
     files: dict[str, str]
+    recipe: dict[str, Any] | None = None
+    gate: dict[str, Any] | None = None
 
     def write(self, directory: Path) -> None:
         """Write it below `directory`, with a digest of itself."""
@@ -143,12 +147,11 @@ class Manifest:
 
 
 def graph_entry(report: Report) -> dict[str, Any]:
-    """A graph's report as plain JSON values."""
+    """A graph's report as plain JSON values; no seconds: the same model gives the same bytes."""
     return {
         "graph": report.graph,
         "counts": report.counts,
         "refusals": [dataclasses.asdict(refusal) for refusal in report.refusals],
-        "line": str(report),
     }
 
 

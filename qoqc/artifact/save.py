@@ -7,6 +7,7 @@ and qoqc/kernels/*.py. A packed weight is stored under its Parameter's name with
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -32,7 +33,7 @@ from qoqc.config import Options
 from qoqc.errors import ArtifactError
 from qoqc.runtime.weights import STORE
 
-SAVED_OPTIONS = ("group_size", "kv_bits", "prefill_kv", "exclude", "strict")
+SAVED_OPTIONS = ("group_size", "kv_bits", "kv_layers", "prefill_kv", "exclude", "strict")
 """The options that shape what is packed and how it runs; the others belong to one process."""
 
 
@@ -44,11 +45,14 @@ def save(
     options: Options | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    recipe: dict[str, Any] | None = None,
+    gate: dict[str, Any] | None = None,
 ) -> Manifest:
     """Pack what is not packed yet and write the model as an artifact; returns its manifest.
 
     options    default: those that qoqc.compile was called with, else Options()
     overwrite  replace an artifact of that name (never another kind of directory)
+    recipe, gate  go into the manifest as they are, see there
 
     Raises ArtifactError if the directory is taken, Unsupported for models the passes do not take.
     """
@@ -63,6 +67,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         manifest = _write_tensors(model, options, found, draft)
+        manifest = dataclasses.replace(manifest, recipe=recipe, gate=gate)
         manifest.write(draft)
     return manifest
 
@@ -103,7 +108,7 @@ def _write_tensors(model: Any, options: Options, found: Survey, draft: Path) -> 
     chosen = {name: getattr(options, name) for name in SAVED_OPTIONS}
     return Manifest(
         architecture=type(model).__name__,
-        versions=_versions(),
+        versions=versions(),
         options={k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()},
         weights=weights,
         tensors=list(plain),
@@ -122,7 +127,8 @@ def _write_kernels(found: Survey, device: torch.device, draft: Path) -> None:
         (folder / name).write_text(text)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What the outcome may depend on: Python, torch, qoqc, transformers, triton."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("qoqc", "transformers", "triton"):
         try:

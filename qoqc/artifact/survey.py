@@ -76,7 +76,8 @@ def _cache(model: Any, options: Options) -> KV4Cache | None:
     """The quantized cache the model will run with, allocated by an eager token; None for 16 bit."""
     if options.kv_bits == 16:
         return None
-    cache = KV4Cache(model.config, 2 * PROMPT, options.kv_bits, options.prefill_kv)
+    bits = options.kv_layers or options.kv_bits
+    cache = KV4Cache(model.config, 2 * PROMPT, bits, options.prefill_kv)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     model.forward(input_ids=token, past_key_values=cache, use_cache=True)
     if not all(layer.is_initialized for layer in cache.layers):

@@ -105,12 +105,24 @@ def choose_kv_bits(
     for what, x in (("queries", q), ("keys", k), ("values", v)):
         if not torch.isfinite(x).all():
             raise Unsupported(f"{name}: the calibration {what} hold NaN or infinity")
+    return fewest_bits(
+        lambda bits: attention_error(q, k, v, bits, attend), name, limit=limit, start=start
+    )
+
+
+def fewest_bits(
+    error: Callable[[int], float], name: str, *, limit: float = LIMIT, start: Bits = 4
+) -> KVChoice:
+    """The fewest bits, from `start` on, with `error(bits)` within `limit`; 16 if none are.
+
+    error  the attention error, as attention_error defines it, however it is measured
+    """
     candidates: tuple[Literal[4, 8], ...] = (4, 8)
     errors: dict[int, float] = {}
     for bits in candidates:
         if bits < start:
             continue
-        errors[bits] = attention_error(q, k, v, bits, attend)
+        errors[bits] = error(bits)
         if errors[bits] <= limit:
             return KVChoice(name, bits, errors, _reason(errors, limit))
     return KVChoice(name, 16, errors, _reason(errors, limit))

@@ -62,12 +62,36 @@ def compile_command(
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact")] = False,
+    calibrate: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="UTF-8 file, or default = a text of qoqc's")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="rtn, or qoq; default: qoq if there is calibration text")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows to calibrate on")] = 128,
+    seq: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per window; default: 1024, less of short text")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows and the rotation")] = 0,
+    eval_text: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Judge on it; default: text held out")
+    ] = None,
+    max_ppl_increase: Annotated[
+        float | None, typer.Option(metavar="PERCENT", help="Exit code 1 if it rises by more")
+    ] = None,
 ) -> None:
-    """Pack MODEL to 4 bit and write an artifact that loads without the original weights."""
+    """Pack MODEL to 4 bit and write an artifact that loads without the original weights.
+
+    With --calibrate by the QoQ algorithm, and judged next to the 16-bit model; else rounded.
+    """
+    from qoqc.cli.calibration import Settings  # noqa: PLC0415  slow to import, see above
     from qoqc.cli.compile import run  # noqa: PLC0415  slow to import, see above
 
     raw = {"group_size": group_size, "kv_bits": kv_bits, "exclude": exclude, "strict": strict}
-    run(model, output, raw, device=device, dtype=dtype, force=force)
+    settings = Settings(calibrate, recipe, samples, seq, seed, eval_text, max_ppl_increase)
+    code = run(model, output, raw, device=device, dtype=dtype, force=force, settings=settings)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command("chat")
@@ -150,6 +174,95 @@ def eval_command(
     code = run(model, settings, raw, device=device, dtype=dtype)
     if code:
         raise typer.Exit(code)
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A directory: QServe, AWQ, GPTQ, compressed-tensors; with --to, an artifact",
+        ),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="Directory to write")],
+    to: Annotated[str, typer.Option(help="qoqc = an artifact, or qserve")] = "qoqc",
+    group_size: Annotated[
+        int, typer.Option(help="128 or -1, for weights that are rounded anew")
+    ] = 128,
+    kv_bits: KvBits = 4,
+    dtype: Dtype = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact")] = False,
+) -> None:
+    """Make an artifact of a checkpoint that others quantized, or QServe's of an artifact."""
+    from qoqc.cli.convert import run  # noqa: PLC0415  slow to import, see above
+
+    raw = {"group_size": group_size, "kv_bits": kv_bits}
+    run(source, output, raw, to=to, dtype=dtype, force=force)
+
+
+@app.command("doctor")
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs")] = False,
+) -> None:
+    """Check versions, GPUs, compilers and the cache, and say what will run where and why.
+
+    Exit code 1 if something qoqc needs is missing or out of its range.
+    """
+    from qoqc.cli.doctor import run  # noqa: PLC0415  slow to import, see above
+
+    code = run(as_json=as_json)
+    if code:
+        raise typer.Exit(code)
+
+
+cache_app = typer.Typer()
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.callback(invoke_without_command=True)
+def cache_root(ctx: typer.Context) -> None:
+    """The generated kernels and the tuning table: list, check, remove."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+@cache_app.command("ls")
+def cache_ls_command() -> None:
+    """What the cache directory holds, with sizes and ages."""
+    from qoqc.cli.cache import list_entries  # noqa: PLC0415  slow to import, see above
+
+    list_entries()
+
+
+@cache_app.command("verify")
+def cache_verify_command() -> None:
+    """Check every file; exit code 1 if one is damaged."""
+    from qoqc.cli.cache import verify  # noqa: PLC0415  slow to import, see above
+
+    code = verify()
+    if code:
+        raise typer.Exit(code)
+
+
+@cache_app.command("prune")
+def cache_prune_command(
+    max_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Remove the oldest kernels beyond: 500MB")
+    ] = None,
+    older_than: Annotated[
+        str | None, typer.Option(metavar="AGE", help="Remove older kernels: 90m, 12h, 30d, 8w")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Remove all kernels and the tuning table")
+    ] = False,
+) -> None:
+    """Remove kernels beyond a size or an age; only files that qoqc wrote."""
+    from qoqc.cli.cache import Limits, parse_age, parse_size, prune  # noqa: PLC0415  as above
+
+    most = None if max_size is None else parse_size(max_size)
+    oldest = None if older_than is None else parse_age(older_than)
+    prune(Limits(everything, most, oldest))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

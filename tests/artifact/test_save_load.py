@@ -143,7 +143,7 @@ def test_kernels_are_there_for_every_shape(saved: tuple[Path, list[int]]) -> Non
     attention = {"kv_append", "attention_decode", "attention_combine"}
     gemms = {form.name for form in GEMM.forms} & families
     assert gemms
-    assert families == gemms | {"quantize"} | attention
+    assert families == gemms | {"quantize", "norm_quantize", "act_quantize"} | attention
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json", PATH])
@@ -296,6 +296,23 @@ def test_released_weights_cannot_be_saved_in_16_bit(saved: tuple[Path, list[int]
     with pytest.raises(ArtifactError, match="up_proj.weight was released"):
         saving.save(model, saved[0].parent / "other", options=options)
     assert [path.name for path in saved[0].parent.iterdir()] == [saved[0].name]
+
+
+def test_bits_of_layers_are_kept_unless_others_are_asked_for(tmp_path: Path) -> None:
+    options = Options.parse({"kv_layers": [8, 4]})
+    recipe: dict[str, Any] = {"layers": []}
+    gate = {"increase": 1.5}
+    manifest = saving.save(
+        tiny_model("llama"), tmp_path / "a", options=options, recipe=recipe, gate=gate
+    )
+    found = Manifest.read(tmp_path / "a")
+    assert (found.recipe, found.gate) == (manifest.recipe, manifest.gate) == (recipe, gate)
+    model = qoqc.load(tmp_path / "a", glue="eager")
+    assert model.qoqc_options.kv_layers == (8, 4)
+    torch._dynamo.reset()
+    output = model.generate(PROMPT % 300, max_new_tokens=2, return_dict_in_generate=True)
+    assert [layer.bits for layer in output.past_key_values.layers] == [8, 4]
+    assert qoqc.load(tmp_path / "a", kv_bits=8).qoqc_options.kv_layers == ()
 
 
 def test_options_are_kept_and_can_be_changed(tmp_path: Path) -> None:

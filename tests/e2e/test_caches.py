@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 import qoqc
 from qoqc import pipeline
-from qoqc.errors import CacheFull, Unsupported
+from qoqc.errors import CacheFull, OptionError, Unsupported
 from qoqc.runtime.kv_cache import KV4Cache
 from qoqc.testing import VOCAB, tiny_model
 
@@ -75,6 +75,23 @@ def test_kv4_chunks_equal_eager(bits: Any, prefill_kv: Any) -> None:
     got = run(model, KV4Cache(model.config, 64, bits, prefill_kv), CHUNKED)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert [r.counts["attention"] for r in pipeline.reports] == [0, 2, 2]
+
+
+@pytest.mark.parametrize("bits", [(4, 8), (16, 4), (4, 16)])
+def test_layers_with_bits_of_their_own(bits: Any) -> None:
+    """generate() with kv_layers is the eager model with a cache of these bits."""
+    eager = tiny_model("llama")
+    model = qoqc.compile(tiny_model("llama"), glue="eager", exclude="*", kv_layers=bits)
+    cache = KV4Cache(eager.config, 64, bits)
+    assert new_tokens(model, prompts(2)) == new_tokens(eager, prompts(2), past_key_values=cache)
+    expected = run(eager, KV4Cache(eager.config, 64, bits), CHUNKED)
+    got = run(model, KV4Cache(model.config, 64, bits), CHUNKED)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bits_for_another_number_of_layers() -> None:
+    with pytest.raises(OptionError, match="the bits of 3 layers, the model has 2"):
+        qoqc.compile(tiny_model("llama"), kv_layers=(4, 8, 4))
 
 
 def test_16bit_caches_agree() -> None:

@@ -16,7 +16,7 @@ from qoqc.passes.attention import attention
 from qoqc.passes.cleanup import cleanup
 from qoqc.passes.context import Context
 from qoqc.passes.normalize import normalize
-from qoqc.runtime.kv_cache import KV4Layer
+from qoqc.runtime.kv_layers import KV4Layer
 from qoqc.testing import capture, context, run_graph, targets
 
 HEADS, KV_HEADS, DIM, PAST = 4, 2, 32, 5
@@ -160,6 +160,35 @@ def test_without_a_cache_nothing_changes_unless_asked() -> None:
         if rounds:
             k, v = ops.kv4_round(k, 4), ops.kv4_round(v, 4)
         torch.testing.assert_close(run_graph(gm, ctx)[0], sdpa(q, k, v, is_causal=True))
+
+
+def two_layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    first = sdpa(q, k * 1, v * 1, is_causal=True)
+    return sdpa(first, k * 2, v * 2, is_causal=True)
+
+
+@pytest.mark.parametrize("bits", [(4, 8), (8, 4), (16, 4)])
+def test_each_layer_has_bits_of_its_own(bits: tuple[int, int]) -> None:
+    args = [torch.randn(1, 2, 6, 32) for _ in range(3)]
+    gm, inputs = capture(two_layers, *args)
+    ctx = context(gm, inputs, prefill_kv="quantized", kv_layers=bits)
+    normalize(gm, ctx)
+    assert attention(gm, ctx) == sum(b != 16 for b in bits)
+    q, k, v = args
+    for number, b in enumerate(bits):
+        pair = [x * (number + 1) for x in (k, v)]
+        k_seen, v_seen = (x if b == 16 else ops.kv4_round(x, b) for x in pair)
+        q = sdpa(q, k_seen, v_seen, is_causal=True)
+    torch.testing.assert_close(run_graph(gm, ctx)[0], q)
+
+
+def test_bits_of_other_layers_than_the_graph_has_are_refused() -> None:
+    gm, inputs = capture(two_layers, *(torch.randn(1, 2, 6, 32) for _ in range(3)))
+    ctx = context(gm, inputs, prefill_kv="quantized", kv_layers=(4, 8, 4))
+    normalize(gm, ctx)
+    assert attention(gm, ctx) == 0
+    assert targets(gm)["kv4_round"] == 0
+    assert "kv_layers has 3 layers, this graph another number" in ctx.refusals[0].reason
 
 
 def test_what_the_cache_rounded_is_not_rounded_again() -> None:

@@ -13,7 +13,7 @@ from qoqc.ir.spec import KVSpec
 from qoqc.passes.context import Context
 from qoqc.passes.linear import linear
 from qoqc.passes.normalize import normalize
-from qoqc.runtime.kv_cache import KV4Layer
+from qoqc.runtime.kv_layers import KV4Layer
 from qoqc.testing import capture, context
 
 

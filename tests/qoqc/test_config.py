@@ -57,6 +57,9 @@ def test_good_values_are_kept(raw: dict[str, Any]) -> None:
         ("kv_bits", True, "4, 8, 16"),
         ("kv_bits", 4.0, "4, 8, 16"),
         ("kv_bits", [4], "4, 8, 16"),
+        ("kv_layers", 4, "a list with 4, 8 or 16 for each layer"),
+        ("kv_layers", [4, 5], "4, 8 or 16"),
+        ("kv_layers", [4, True], "4, 8 or 16"),
         ("prefill_kv", "approximate", "'exact', 'quantized'"),
         ("tune", "max", "'heuristic', 'search'"),
         ("tune", False, "'heuristic', 'search'"),
@@ -87,6 +90,16 @@ def test_an_unknown_option_lists_every_known_one() -> None:
         Options.parse({"kv_bit": 4})
     for field in dataclasses.fields(Options):
         assert field.name in str(caught.value)
+
+
+def test_bits_of_layers() -> None:
+    assert Options(kv_bits=8).layer_bits(3) == (8, 8, 8)
+    mixed = Options.parse({"kv_layers": [4, 8, 16]})
+    assert mixed.layer_bits(3) == mixed.kv_layers == (4, 8, 16)
+    with pytest.raises(OptionError, match="the bits of 3 layers, the model has 2"):
+        mixed.layer_bits(2)
+    with pytest.raises(OptionError, match="kv_bits=16 means no cache of qoqc's"):
+        Options.parse({"kv_layers": [4, 8], "kv_bits": 16})
 
 
 def test_parsed_options_hold_the_allowed_values_themselves() -> None:

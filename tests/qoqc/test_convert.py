@@ -108,6 +108,7 @@ def test_qserve_to_an_artifact_and_back_is_the_same_file(
         assert after[name].dtype == tensor.dtype, name
 
 
+@pytest.mark.slow
 def test_what_is_rounded_anew_says_by_how_much(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +131,7 @@ def test_what_is_rounded_anew_says_by_how_much(
     assert max(change.error for change in expected.report) < 0.15
 
 
+@pytest.mark.slow
 def test_an_imported_model_computes_with_the_imported_weights(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", as_qserve(128))
     artifact = tmp_path / "artifact"
@@ -192,6 +194,7 @@ def test_a_16_bit_model_is_sent_to_compile(
     assert "a 16-bit model goes to `qoqc compile`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, reason",
     [([], "model.layers.0.input_layernorm.weight is not 1 throughout"),

@@ -10,7 +10,8 @@ import torch
 from qoqc.errors import CacheFull, Unsupported
 from qoqc.ir import ops
 from qoqc.ir.spec import KVSpec
-from qoqc.runtime.kv_cache import KV4Cache, KV4Layer
+from qoqc.runtime.kv_cache import KV4Cache
+from qoqc.runtime.kv_layers import KV4Layer, KV16Layer
 from qoqc.testing import tiny_config
 
 SPEC = KVSpec(2, 32, 16)
@@ -129,11 +130,39 @@ def test_cache_options() -> None:
     config = tiny_config("llama")
     assert [layer.bits for layer in KV4Cache(config, 64, [4, 8]).layers] == [4, 8]
     assert [layer.bits for layer in KV4Cache(config, 64, 8).layers] == [8, 8]
-    wrong: tuple[Any, ...] = (5, [4], [4, 4, 4], [4, 16])
+    assert [layer.bits for layer in KV4Cache(config, 64, [4, 16]).layers] == [4, 16]
+    wrong: tuple[Any, ...] = (5, [4], [4, 4, 4], [4, 5])
     for bits in wrong:
-        with pytest.raises(ValueError, match="expected 4 or 8, or one of them for 2 layers"):
+        with pytest.raises(ValueError, match="expected 4, 8 or 16, or one of them for each of 2"):
             KV4Cache(config, 64, bits)
     with pytest.raises(ValueError, match="expected at least 1 token"):
         KV4Cache(config, 0)
     with pytest.raises(Unsupported, match="cannot be cropped"):
         KV4Cache(config, 64).crop(3)
+
+
+def test_a_16bit_layer_keeps_what_it_is_given() -> None:
+    cache, past, new = KV16Layer(100), chunk(6, 1), chunk(3, 2)
+    for got, x in zip(cache.update(*past), past, strict=True):
+        assert torch.equal(got, x)
+    assert cache.get_mask_sizes(3) == (128, 0)
+    for got, old, x in zip(cache.update(*new), past, new, strict=True):
+        assert got.shape[2] == 128
+        assert torch.equal(got[:, :, :9], torch.cat((old, x), dim=2))
+        assert not got[:, :, 9:].any()
+    assert int(cache.get_seq_length()) == 9
+    cache.reorder_cache(torch.tensor([2, 2, 0]))
+    assert torch.equal(cache.keys[0, :, :6], past[0][2])
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    with pytest.raises(ValueError, match="allocated for a batch of 3, got 1 sequences"):
+        cache.update(*(x[:1] for x in new))
+
+
+def test_a_16bit_layer_is_allocated_in_the_dtype_of_the_model() -> None:
+    cache = KV4Cache(tiny_config("llama"), 64, [4, 16])
+    cache.allocate(1, [SPEC, SPEC], torch.device("cpu"), torch.float16)
+    assert (cache.layers[0].k_pages.dtype, cache.layers[1].keys.dtype) == (
+        torch.uint8,
+        torch.float16,
+    )

@@ -1,0 +1,201 @@
+"""QoQ on a live model. Read `calibrate` first: it is the algorithm, a step per line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qoqc.calibrate.attention_step import attention_step
+from qoqc.calibrate.blocks import Blocks, rounded_act
+from qoqc.calibrate.checkpoint import Checkpoints, Finished
+from qoqc.calibrate.kv_bits import spend_bits
+from qoqc.calibrate.layer_weights import weights_step
+from qoqc.calibrate.linear_step import down_step, reorder_step
+from qoqc.calibrate.names import block_names, layers_by_block, structure_for
+from qoqc.calibrate.recipe import (
+    LayerRecord,
+    Recipe,
+    Record,
+    decibel,
+    kv_choices,
+    kv_entry,
+)
+from qoqc.calibrate.work import LayerWork
+from qoqc.errors import Unsupported
+from qoqc.log import get_logger
+from qoqc.passes.folds.norms import norms
+from qoqc.passes.folds.rotate import rotate
+from qoqc.passes.folds.tensors import tensors_of, write_back
+from qoqc.passes.structure.discover import structure_of
+from qoqc.passes.structure.facts import ModelStructure
+from qoqc.quant.weight import PackedWeight, dequantize_weight
+from qoqc.runtime.weights import STORE, WeightRef
+
+log = get_logger("calibrate")
+
+SEARCH_TOKENS = 4096
+"""Tokens on which alpha, beta, orders and KV bits are judged; weights see all of the text."""
+
+Progress = Callable[[int, int], None]
+"""Called with (layers done, layers in all)."""
+
+
+@torch.no_grad()
+def calibrate(
+    model: Any,
+    windows: Tensor,
+    weights: Sequence[WeightRef],
+    recipe: Recipe,
+    *,
+    checkpoints: Checkpoints | None = None,
+    progress: Progress | None = None,
+) -> Record:
+    """Run the recipe on a Hugging Face decoder, in place.
+
+    windows  calibration text, int64 [W, S], no padding
+    weights  those the product packs (artifact.survey knows)
+
+    Afterwards STORE holds the packed weights, and the model's parameters their 16-bit values and
+    the folds. One layer's activations are on the device at a time. The same arguments give the
+    same bits. Raises Unsupported for models that are no chain of blocks, and, naming the layer,
+    for NaN or infinity; the model is unchanged then.
+    """
+    structure = structure_of(model)
+    tensors, structure = tensors_of(model, structure, torch.float32)
+    refused = _fold_stream(structure, tensors, recipe)
+    blocks = Blocks(model, block_names(model, structure), windows)
+    hidden = blocks.embed(tensors, windows)
+    exact = list(hidden)  # what the 16-bit model would hand on, for the correction
+    transposed = {ref.name: ref.transposed for ref in weights}
+    packed: dict[str, PackedWeight] = {}
+    records: list[LayerRecord] = []
+    for index, layer in enumerate(layers_by_block(blocks.names, structure)):
+        start = time.perf_counter()
+        name = blocks.names[index]
+        record = LayerRecord(name)
+        own = [ref.name for ref in weights if ref.name.startswith(f"{name}.")]
+        search = hidden[: max(1, SEARCH_TOKENS // windows.shape[1])]
+        work = LayerWork(
+            blocks, index, layer, structure_for(structure, layer), tensors, own, search, recipe,
+            record,
+        )  # fmt: skip
+        # the steps change them in place; a layer read from disk needs them as they were, too
+        original = {known: t.clone() for known, t in work.own().items()} if recipe.correct else {}
+        finished = checkpoints.load(index, model.device) if checkpoints is not None else None
+        if finished is None:
+            finished = _calibrate_layer(work, transposed, hidden, exact)
+            if checkpoints is not None:
+                checkpoints.save(index, finished)
+        _install(work, finished, transposed)
+        records.append(finished.record)
+        _propagate(work, hidden, finished.record)
+        if recipe.correct:
+            blocks.recorder.bits = 16
+            for number, x in enumerate(exact):
+                exact[number] = blocks.run(index, original, x).cpu()
+        packed.update(finished.packed)
+        for known in finished.packed:
+            del tensors[known]  # its packed form says all; in fp32 it is 8 times as large
+        log.info("%s: %.1f s", finished.record, time.perf_counter() - start)
+        if progress is not None:
+            progress(index + 1, len(blocks.names))
+    _spend(records, recipe)
+    _hand_over(model, tensors, packed, weights)
+    return Record(recipe, len(windows), windows.shape[1], tuple(records), tuple(refused))
+
+
+def _fold_stream(
+    structure: ModelStructure, tensors: dict[str, Tensor], recipe: Recipe
+) -> list[str]:
+    """Norms and the rotation of the residual stream; returns what was refused."""
+    refused = [f"not recognised: {problem}" for problem in structure.problems]
+    if recipe.rotate:
+        for result in (norms(structure, tensors), rotate(structure, tensors, recipe.seed)):
+            refused += [str(refusal) for refusal in result.refused]
+    return refused
+
+
+def _calibrate_layer(
+    work: LayerWork,
+    transposed: Mapping[str, bool],
+    hidden: Sequence[Tensor],
+    exact: Sequence[Tensor],
+) -> Finished:
+    """All steps on one layer, in the paper's order."""
+    attention_step(work)
+    down_step(work)
+    reorder_step(work)
+    expected = _outputs(work, bits=16, rounded=())
+    packed = weights_step(work, transposed, hidden, exact, _bits(work.recipe, work.record))
+    found = _outputs(work, _bits(work.recipe, work.record), tuple(packed))
+    signal = noise = 0.0
+    for x, y, z in zip(work.inputs, expected, found, strict=True):
+        signal += float((y - x).double().square().sum())
+        noise += float((z - y).double().square().sum())
+    work.record.sqnr = decibel(signal, noise)
+    others = {name: tensor for name, tensor in work.own().items() if name not in packed}
+    return Finished(packed, others, work.record)
+
+
+def _install(work: LayerWork, finished: Finished, transposed: Mapping[str, bool]) -> None:
+    """The tensors of a finished layer, whether just made or read."""
+    work.tensors.update(finished.others)
+    for name, weight in finished.packed.items():
+        work.tensors[name] = _stored(weight, transposed[name])
+
+
+def _outputs(work: LayerWork, bits: int, rounded: Sequence[str]) -> list[Tensor]:
+    """The layer's outputs for the search windows, on the CPU."""
+    work.blocks.recorder.bits = bits
+    with work.blocks.watching(dict.fromkeys(rounded, rounded_act)):
+        return [work.blocks.run(work.index, work.tensors, x).cpu() for x in work.inputs]
+
+
+def _propagate(work: LayerWork, hidden: list[Tensor], record: LayerRecord) -> None:
+    """The quantized layer's outputs, in the place of its inputs: one set of activations at most."""
+    work.blocks.recorder.bits = _bits(work.recipe, record)
+    with work.blocks.watching(dict.fromkeys(work.packed, rounded_act)):
+        for number, x in enumerate(hidden):
+            hidden[number] = work.blocks.run(work.index, work.tensors, x).cpu()
+            if not torch.isfinite(hidden[number]).all():
+                raise Unsupported(
+                    f"{record.name}: its output on the calibration text holds NaN or infinity; "
+                    "check the model in 16 bit on this text"
+                )
+
+
+def _bits(recipe: Recipe, record: LayerRecord) -> int:
+    return recipe.kv_bits if record.kv is None else int(record.kv["bits"])
+
+
+def _spend(records: Sequence[LayerRecord], recipe: Recipe) -> None:
+    """Raise KV bits within the average, now that the errors of all layers are known."""
+    choices = kv_choices(records)
+    if not recipe.kv_average or recipe.kv_bits != 4 or len(choices) != len(records):
+        return
+    for record, choice in zip(records, spend_bits(choices, recipe.kv_average), strict=True):
+        record.kv = kv_entry(choice)
+
+
+def _hand_over(
+    model: Any,
+    tensors: dict[str, Tensor],
+    packed: Mapping[str, PackedWeight],
+    weights: Sequence[WeightRef],
+) -> None:
+    """Put the outcome into the model and the store; the model must be written first."""
+    refs = {ref.name: ref for ref in weights}
+    write_back(model, tensors)
+    for name, weight in packed.items():
+        ref = refs[name]
+        ref.param.copy_(_stored(weight, ref.transposed))
+        STORE.adopt(ref, weight)
+
+
+def _stored(weight: PackedWeight, transposed: bool) -> Tensor:
+    values = dequantize_weight(weight)
+    return values.t() if transposed else values
