@@ -24,16 +24,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 QUICK_FAMILIES = frozenset(
     {"llama", "qwen3", "phi3", "gpt_neox", "gpt2", "falcon", "olmo2", "mixtral"}
 )
-"""Enough kinds of structure for `make check`; the others of tests/passes have the marker slow."""
+"""Enough kinds of structure for `make check`."""
+
+FAMILY_TESTS = frozenset(
+    {"structure", "folds", "test_fuse_norm.py", "test_fuse_act.py", "test_families.py"}
+)
+"""Folders and files whose tests of the other families have the marker slow."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         family = getattr(item, "callspec", None) and item.callspec.params.get("family")  # type: ignore[attr-defined]
-        deep = {"structure", "folds", "test_fuse_norm.py", "test_fuse_act.py"} & set(
-            item.path.parts
-        )
-        if deep and isinstance(family, str) and family not in QUICK_FAMILIES:
+        among = FAMILY_TESTS & set(item.path.parts)
+        if among and isinstance(family, str) and family not in QUICK_FAMILIES:
             item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return

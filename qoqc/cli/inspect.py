@@ -109,9 +109,10 @@ def _show_structure(structure: ModelStructure | str) -> None:
 
 
 def _show(packed: int, graphs: list[dict[str, Any]], before: int, after: int) -> None:
-    table = Table("graph", *graphs[0]["counts"])
-    for graph in graphs:
-        table.add_row(graph["graph"], *map(str, graph["counts"].values()))
+    # a row for each pass: there are too many for the columns of a terminal
+    table = Table("pass", *(graph["graph"] for graph in graphs))
+    for name in graphs[0]["counts"]:
+        table.add_row(name, *(str(graph["counts"][name]) for graph in graphs))
     Console(highlight=False).print(table)
     reasons = {(r["name"], r["reason"]): None for graph in graphs for r in graph["refusals"]}
     print(f"{packed} linears in 4 bit, {len(reasons)} left in 16 bit")

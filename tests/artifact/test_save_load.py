@@ -298,6 +298,7 @@ def test_released_weights_cannot_be_saved_in_16_bit(saved: tuple[Path, list[int]
     assert [path.name for path in saved[0].parent.iterdir()] == [saved[0].name]
 
 
+@pytest.mark.slow
 def test_bits_of_layers_are_kept_unless_others_are_asked_for(tmp_path: Path) -> None:
     options = Options.parse({"kv_layers": [8, 4]})
     recipe: dict[str, Any] = {"layers": []}

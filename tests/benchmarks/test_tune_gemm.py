@@ -24,6 +24,7 @@ def script() -> dict[str, Any]:
     return runpy.run_path(str(SCRIPT))
 
 
+@pytest.mark.slow
 def test_the_table_it_writes_is_one_that_is_shipped(
     script: dict[str, Any],
     tmp_path: Path,

@@ -108,6 +108,7 @@ def test_families(family: str) -> None:
     assert found.kl < plain.kl
 
 
+@pytest.mark.slow
 def test_same_arguments_same_bits() -> None:
     first, again = tiny_model("llama"), tiny_model("llama")
     records = [calibrated(first, Recipe()), calibrated(again, Recipe())]
@@ -184,6 +185,7 @@ def test_kv_bits_where_a_bias_ruins_four(amount: float, channels: list[int], bit
     assert found.kl < 0.7 * judged(again, plain, baseline).kl, "and that is what it takes"
 
 
+@pytest.mark.slow
 def test_bits_are_spent_up_to_the_average() -> None:
     record = calibrated(tiny_model("llama"), Recipe(kv_average=6))
     assert sorted(record.kv_layers()) == [4, 8]

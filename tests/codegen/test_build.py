@@ -179,9 +179,17 @@ def test_generated_files_import_nothing_else(name: str) -> None:
     [
         (QUANTIZE, SPEC),
         (NORM_QUANTIZE, NormSpec(40, torch.bfloat16, offset=1.0, has_residual=True, keep=True)),
-        (NORM_QUANTIZE, NormSpec(8200, torch.float32, "layer", has_bias=True)),
+        pytest.param(
+            NORM_QUANTIZE,
+            NormSpec(8200, torch.float32, "layer", has_bias=True),
+            marks=pytest.mark.slow,
+        ),
         (ACT_QUANTIZE, ActSpec(40, torch.bfloat16, "gelu_tanh")),
-        (ACT_QUANTIZE, ActSpec(16400, torch.float32, "gelu", gated=False)),
+        pytest.param(
+            ACT_QUANTIZE,
+            ActSpec(16400, torch.float32, "gelu", gated=False),
+            marks=pytest.mark.slow,
+        ),
         (GEMM_PLAIN, LinearSpec(200, 72, 128, torch.bfloat16, has_bias=True)),
         (GEMM_PLAIN, LinearSpec(128, 130, -1, torch.float32, has_residual=True)),
         (GEMM_WAYS, LinearSpec(200, 72, 128, torch.bfloat16, has_bias=True)),

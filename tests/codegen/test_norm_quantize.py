@@ -139,6 +139,7 @@ def test_shapes(form: NormSpec, dtype: torch.dtype, m: int, k: int, device: torc
 
 
 @forms
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [ONE_PASS + 1, 12288])
 def test_a_token_longer_than_the_registers(form: NormSpec, k: int, device: torch.device) -> None:
     assert_as_defined(form, arguments(form, tokens(2, k)), device)
@@ -152,7 +153,7 @@ def test_the_interval_is_narrow() -> None:
 
 
 @forms
-@pytest.mark.parametrize("k", [33, ONE_PASS + 8])
+@pytest.mark.parametrize("k", [33, pytest.param(ONE_PASS + 8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("eps", [1e-6, 0.0])
 def test_special_tokens(form: NormSpec, k: int, eps: float, device: torch.device) -> None:
     spec = dataclasses.replace(form, has_residual=False, eps=eps)

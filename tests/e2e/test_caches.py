@@ -77,6 +77,7 @@ def test_kv4_chunks_equal_eager(bits: Any, prefill_kv: Any) -> None:
     assert [r.counts["attention"] for r in pipeline.reports] == [0, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [(4, 8), (16, 4), (4, 16)])
 def test_layers_with_bits_of_their_own(bits: Any) -> None:
     """generate() with kv_layers is the eager model with a cache of these bits."""
@@ -242,6 +243,7 @@ def test_wrong_batch_is_an_error() -> None:
             model(prompts(3), past_key_values=cache)
 
 
+@pytest.mark.slow
 def test_more_graphs_than_dynamo_allows_by_default() -> None:
     """Beyond its limit of 8 Dynamo would run the model uncompiled, without quantization."""
     model = qoqc.compile(tiny_model("llama", num_hidden_layers=1), glue="eager")

@@ -80,6 +80,7 @@ def test_the_real_graph_next_to_its_16_bit_model(
     assert bits["q"] / bits["p"] == pytest.approx(float(ratio[0] / ratio[1]), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_artifact_keeps_its_options_unless_told(
     artifact: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
