@@ -99,6 +99,7 @@ def assert_equal_to_twin(form: Family, args: dict[str, Any], device: torch.devic
         (1, 128, 128),
         (2, 64, 256),
         (17, 200, 128),
+        (9, 264, 400),  # tails of N and K that the sm_90 form takes too
         (5, 1, 384),
         (3, 129, 300),
         (4, 257, 65),
@@ -128,7 +129,8 @@ def test_epilogues(
     residual: bool,
     device: torch.device,
 ) -> None:
-    assert_equal_to_twin(form, arguments(5, 136, 200, group_size, dtype, bias, residual), device)
+    # a tail of K, in whole 16 bytes: the sm_90 form takes no other
+    assert_equal_to_twin(form, arguments(5, 136, 208, group_size, dtype, bias, residual), device)
 
 
 @pytest.mark.parametrize("group_size", FORMATS)
@@ -181,8 +183,11 @@ def test_one_input_channel(form: Family, group_size: GroupSize, device: torch.de
 
 
 @pytest.mark.parametrize("group_size", FORMATS)
-def test_largest_sums(form: Family, group_size: GroupSize, device: torch.device) -> None:
-    args = arguments(2, 128, 4096, group_size, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_largest_sums(
+    form: Family, group_size: GroupSize, dtype: torch.dtype, device: torch.device
+) -> None:
+    args = arguments(2, 128, 4096, group_size, dtype)
     args["xq"] = torch.full_like(args["xq"], -127)
     args["xq"][1] = 127
     args["token_sum"] = args["xq"].sum(1, dtype=torch.int32)
@@ -202,8 +207,8 @@ def test_nan_token_gives_a_nan_row(form: Family, device: torch.device) -> None:
 @pytest.mark.parametrize("group_size", FORMATS)
 def test_cut_and_joined_weights(form: Family, group_size: GroupSize, device: torch.device) -> None:
     # their padding along K holds codes of another row: it must not count
-    args = arguments(3, 0, 200, group_size)
-    parts = [quantize_weight(torch.randn(n, 200), group_size) for n in (40, 100)]
+    args = arguments(3, 0, 208, group_size)
+    parts = [quantize_weight(torch.randn(n, 208), group_size) for n in (40, 100)]
     packed = concat_rows([parts[0], rows(parts[1], 10, 90)])
     assert_equal_to_twin(form, {**args, **packed.tensors()}, device)
 
