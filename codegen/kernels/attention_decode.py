@@ -2,7 +2,7 @@
 
 q [B, Hq, S, Dk] -> partial results per (row, split), which attention_combine.py adds up. The rows
 of a KV head are its S * group (query, head) pairs, up to BLOCK_R of them in one program. Twin:
-ir/reference.py kv_attention.
+ir/kv_reference.py kv_attention.
 
 The tile of a dot product is [tokens, channels] x [channels, rows]: codes unpack straight into the
 registers of the left operand, and eight rows fill the right one where 16 would be padding.

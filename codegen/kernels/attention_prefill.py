@@ -2,7 +2,7 @@
 
 q [B, Hq, S, Dk] -> out [B, Hq, S, Dv]. A program takes BLOCK_R rows of one KV head, a row being a
 (query, head of its group) pair, so that all heads of a group share each unpacked page. Twin:
-ir/reference.py kv_attention.
+ir/kv_reference.py kv_attention.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Quantize new keys and values and write them into the pages of the KV cache.
 
 k [B, H, S, Dk], v [B, H, S, Dv] any float dtype -> k_pages, v_pages, kv_words (quant/kv.py) at
-positions start[b] + 0..S-1. Twin: ir/reference.py kv_append, bit for bit.
+positions start[b] + 0..S-1. Twin: ir/kv_reference.py kv_append, bit for bit.
 
 A program owns, in one page of one sequence and head, the token slots j and j + 32 for BLOCK_J
 values of j. At 4 bits these share the bytes of V, so no byte has two writers.

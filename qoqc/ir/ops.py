@@ -1,8 +1,8 @@
 """The qoqc:: ops: schema, fake, reference. Passes write them, codegen gives them kernels.
 
-The reference (ir/reference.py) is registered for every device; codegen registers Triton kernels
-for CUDA on top. Shapes: B batch, H KV heads, Hq query heads, S new tokens, P pages per sequence,
-K in_features, N out_features.
+The reference (reference.py, kv_reference.py) is registered for every device; codegen registers
+Triton kernels for CUDA on top. Shapes: B batch, H KV heads, Hq query heads, S new tokens, P pages
+per sequence, K in_features, N out_features.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from qoqc.ir import glue, reference
+from qoqc.ir import glue, kv_reference, reference
 from qoqc.ir.spec import PAGE
 from qoqc.quant.activation import quantize_act as _quantize_act
 from qoqc.quant.kv import fake_quantize_kv
@@ -58,6 +58,22 @@ SCHEMAS = {
         "Tensor length, Tensor? mask, Tensor? k_chunk, Tensor? v_chunk, float scale, int bits, "
         "bool causal) -> Tensor"
     ),
+    # q [B, Hq, S, Dk], k, v as a projection gives them: head norm and rotation (ir/rotary.py) of
+    # q and k, then kv4_append -> q and k as attention reads them
+    "kv4_rotate_append": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
+        "Tensor? sin, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!) kv_words, "
+        "Tensor block_table, Tensor start, str form, float eps, float offset, bool round_first, "
+        "int bits) -> (Tensor, Tensor)"
+    ),
+    # one new token per sequence, from projection to attention output [B, Hq, 1, Dv]: the above at
+    # `length`, which then counts the token, and attention over all of the sequence
+    "kv4_decode": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
+        "Tensor? sin, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!) kv_words, "
+        "Tensor block_table, Tensor(d!) length, Tensor? mask, Tensor? sinks, str form, float eps, "
+        "float offset, bool round_first, float scale, float softcap, int bits) -> Tensor"
+    ),
     # x [..., D] -> [..., D]: the value a cache of `bits` would give back
     "kv4_round": "(Tensor x, int bits) -> Tensor",
 }
@@ -74,6 +90,8 @@ int8_matmul = torch.ops.qoqc.int8_matmul.default
 kv4_append = torch.ops.qoqc.kv4_append.default
 kv4_dequant = torch.ops.qoqc.kv4_dequant.default
 kv4_attention = torch.ops.qoqc.kv4_attention.default
+kv4_rotate_append = torch.ops.qoqc.kv4_rotate_append.default
+kv4_decode = torch.ops.qoqc.kv4_decode.default
 kv4_round = torch.ops.qoqc.kv4_round.default
 
 QUANTIZERS = (quantize_act, norm_quant, act_quant)
@@ -237,7 +255,7 @@ def _int8_matmul_fake(xq: Tensor, w8: Tensor) -> Tensor:
 
 @torch.library.impl("qoqc::kv4_append", "default")
 def _kv4_append_impl(*args: Any) -> None:
-    reference.kv_append(*args)
+    kv_reference.kv_append(*args)
 
 
 @_fake("kv4_append")
@@ -247,7 +265,7 @@ def _kv4_append_fake(*args: Any) -> None:
 
 @torch.library.impl("qoqc::kv4_dequant", "default")
 def _kv4_dequant_impl(*args: Any) -> tuple[Tensor, Tensor]:
-    return reference.kv_dequant(*args)
+    return kv_reference.kv_dequant(*args)
 
 
 @_fake("kv4_dequant")
@@ -272,12 +290,32 @@ def _kv4_dequant_fake(
 
 @torch.library.impl("qoqc::kv4_attention", "default")
 def _kv4_attention_impl(*args: Any) -> Tensor:
-    return reference.kv_attention(*args)
+    return kv_reference.kv_attention(*args)
 
 
 @_fake("kv4_attention")
 def _kv4_attention_fake(q: Tensor, k_pages: Tensor, v_pages: Tensor, *args: Any) -> Tensor:
     return q.new_empty((*q.shape[:-1], v_pages.shape[2]))
+
+
+@torch.library.impl("qoqc::kv4_rotate_append", "default")
+def _kv4_rotate_append_impl(*args: Any) -> tuple[Tensor, Tensor]:
+    return kv_reference.kv_rotate_append(*args)
+
+
+@_fake("kv4_rotate_append")
+def _kv4_rotate_append_fake(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.impl("qoqc::kv4_decode", "default")
+def _kv4_decode_impl(*args: Any) -> Tensor:
+    return kv_reference.kv_decode(*args)
+
+
+@_fake("kv4_decode")
+def _kv4_decode_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
 @torch.library.impl("qoqc::kv4_round", "default")

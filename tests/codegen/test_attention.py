@@ -13,7 +13,7 @@ from qoqc.codegen.kernels.attention import Call
 from qoqc.codegen.kernels.attention_combine import ATTENTION_COMBINE
 from qoqc.codegen.kernels.attention_decode import ATTENTION_DECODE, MAX_ROWS, choose_splits
 from qoqc.codegen.kernels.attention_prefill import ATTENTION_PREFILL
-from qoqc.ir import reference
+from qoqc.ir import kv_reference
 from qoqc.ir.spec import PAGE, AttentionSpec, KVSpec
 from qoqc.quant.kv import empty_pages
 from qoqc.runtime.device import device_key
@@ -21,9 +21,9 @@ from qoqc.runtime.device import device_key
 Bits = Literal[4, 8]
 
 attention: Callable[..., torch.Tensor] = dispatch.kv4_attention
-append: Callable[..., None] = reference.kv_append
-twin: Callable[..., torch.Tensor] = reference.kv_attention
-read: Callable[..., tuple[torch.Tensor, torch.Tensor]] = reference.kv_read
+append: Callable[..., None] = kv_reference.kv_append
+twin: Callable[..., torch.Tensor] = kv_reference.kv_attention
+read: Callable[..., tuple[torch.Tensor, torch.Tensor]] = kv_reference.kv_read
 
 # relative error of the whole output against fp64: the rounding of the output dtype, and what the
 # operands lose: fp16 weights and codes for 16-bit models, three tf32 terms for fp32

@@ -8,7 +8,7 @@ import torch
 from qoqc.codegen import dispatch
 from qoqc.codegen.build import build
 from qoqc.codegen.kernels.kv_append import KV_APPEND, candidates, launch
-from qoqc.ir import reference
+from qoqc.ir import kv_reference
 from qoqc.ir.spec import PAGE, KVSpec
 from qoqc.quant.kv import empty_pages, split_words
 from qoqc.runtime.device import device_key
@@ -79,7 +79,7 @@ def check(
     table = torch.randperm(batch * per_sequence + 2)[: batch * per_sequence]
     table = table.view(batch, per_sequence).int()
     want = copy(pages, pages[0].device)
-    reference.kv_append(*want, table, torch.tensor(start), k, v, spec.bits)
+    kv_reference.kv_append(*want, table, torch.tensor(start), k, v, spec.bits)
     assert_same(append(pages, table, start, k, v, spec.bits, device), want)
 
 
@@ -136,7 +136,7 @@ def test_nothing_is_written_past_the_table(seq: int, device: torch.device) -> No
     k, v = vectors(1, 1, seq, 16, 0), vectors(1, 1, seq, 16, 1)
     want = copy(pages, pages[0].device)
     fits = min(seq, 2)
-    reference.kv_append(
+    kv_reference.kv_append(
         *want, table, torch.tensor([start]), k[:, :, :fits], v[:, :, :fits], spec.bits
     )
     assert_same(append(pages, table, [start], k, v, spec.bits, device), want)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qoqc.ir import ops, reference
+from qoqc.ir import kv_reference, ops, reference
 from qoqc.quant.activation import quantize_act
 from qoqc.quant.glu import interleaved
 from qoqc.quant.kv import empty_pages, fake_quantize_kv
@@ -70,7 +70,7 @@ def pages(bits: int) -> tuple[torch.Tensor, ...]:
     """Filled pages of 2 sequences, 2 heads, and their block table."""
     k_pages, v_pages, words = empty_pages(5, 2, 8, 6, bits, "cpu")
     table = torch.tensor([[3, 0], [4, 1]], dtype=torch.int32)
-    reference.kv_append(
+    kv_reference.kv_append(
         k_pages, v_pages, words, table, torch.tensor([0, 0]),
         randn(2, 2, 90, 8), randn(2, 2, 90, 6), bits,
     )  # fmt: skip
@@ -105,6 +105,17 @@ def attention_args(
     mask = randn(2, 1, seq, 128, seed=5) > 0 if masked else None
     length = torch.tensor([90, 7])
     return (q, *pages(bits), length, mask, k, v, 0.3, bits, causal)
+
+
+def rotated_args(bits: int, dtype: torch.dtype, seq: int, *, normed: bool) -> tuple[Any, ...]:
+    """q, k, v, weights, cosines, pages and lengths: what the two rotating ops begin with."""
+    q, k, v = (
+        randn(2, seq, heads, dim, seed=seed).to(dtype).transpose(1, 2)
+        for seed, heads, dim in ((4, 4, 8), (2, 2, 8), (3, 2, 6))
+    )
+    weights = [randn(8, seed=6).to(dtype), randn(8, seed=7).to(dtype)] if normed else [None, None]
+    turns = randn(2, seq, 8, seed=5)
+    return (q, k, v, *weights, turns.cos(), turns.sin(), *pages(bits), torch.tensor([90, 7]))
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -157,10 +168,34 @@ CASES: dict[str, Callable[[], Case]] = {
     "kv4_attention chunk causal": lambda: (
         ops.kv4_attention, attention_args(8, BF16, 5, False, True, True)
     ),
+    "kv4_rotate_append half": lambda: (
+        ops.kv4_rotate_append,
+        (*rotated_args(4, BF16, 5, normed=False), "half", 1e-6, 0.0, True, 4),
+    ),
+    "kv4_rotate_append normed": lambda: (
+        ops.kv4_rotate_append,
+        (*rotated_args(8, FP32, 3, normed=True), "interleaved", 1e-6, 1.0, False, 8),
+    ),
+    "kv4_decode": lambda: (
+        ops.kv4_decode,
+        (*rotated_args(4, BF16, 1, normed=False), None, None, "half", 1e-6, 0.0, True, 0.3, 0.0, 4),
+    ),
+    "kv4_decode sinks": lambda: (
+        ops.kv4_decode,
+        (*rotated_args(8, FP32, 1, normed=True), randn(2, 1, 1, 128, seed=8) > 0, randn(4, seed=9),
+         "none", 1e-6, 0.0, True, 0.3, 20.0, 8),
+    ),
     "kv4_round 4 bit": lambda: (ops.kv4_round, (randn(2, 3, 8).to(BF16), 4)),
     "kv4_round 8 bit strided": lambda: (ops.kv4_round, (strided(randn(2, 3, 8)), 8)),
 }  # fmt: skip
 every_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES.keys())
+
+
+WRITTEN: dict[Any, list[str]] = {
+    ops.kv4_append: ["k_pages", "v_pages", "kv_words"],
+    ops.kv4_rotate_append: ["k_pages", "v_pages", "kv_words"],
+    ops.kv4_decode: ["k_pages", "v_pages", "kv_words", "length"],
+}
 
 
 def tensors(result: Any) -> Iterator[torch.Tensor]:
@@ -203,7 +238,7 @@ def test_outputs_are_fresh_and_inputs_keep(make: Callable[[], Case]) -> None:
     op, args = make()
     before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     outputs = list(tensors(op(*args)))
-    mutable = {"k_pages", "v_pages", "kv_words"} if op is ops.kv4_append else set()
+    mutable = WRITTEN.get(op, [])
     inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
     assert not inputs & {x.untyped_storage().data_ptr() for x in outputs}
     for declared, now, then in zip(op._schema.arguments, args, before, strict=True):
@@ -212,10 +247,11 @@ def test_outputs_are_fresh_and_inputs_keep(make: Callable[[], Case]) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ops.SCHEMAS))
-def test_only_append_mutates(name: str) -> None:
-    schema = getattr(torch.ops.qoqc, name).default._schema
-    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    assert written == (["k_pages", "v_pages", "kv_words"] if name == "kv4_append" else [])
+def test_only_appends_mutate(name: str) -> None:
+    op = getattr(torch.ops.qoqc, name).default
+    arguments = op._schema.arguments
+    written = [a.name for a in arguments if a.alias_info and a.alias_info.is_write]
+    assert written == WRITTEN.get(op, [])
 
 
 @pytest.mark.parametrize("grouped", [True, False])
