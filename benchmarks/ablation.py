@@ -1,10 +1,11 @@
 """Each technique of the recipe added in turn, in the paper's order: what it does to perplexity.
 
-    python benchmarks/ablation.py MODEL CALIBRATION_TEXT TEXT... [--samples 32] [--steps 1 6 7]
+    python benchmarks/ablation.py MODEL CALIBRATION_TEXT TEXT... [--samples 32] [--steps 0 1 10 12]
 
 Every row is the real quantized graph (W4A8, KV4 from its row on) next to the model's own 16-bit
-one, on the first --tokens tokens of each TEXT in full windows. Prints Markdown rows as they come;
---json FILE appends them, and --plot draws such a file (needs matplotlib).
+one, on the first --tokens tokens of each TEXT in full windows. Steps 0 and 1 are the controls, 10
+and 12 all techniques. Prints Markdown rows as they come; --json FILE appends them, and
+benchmarks/ablation_plot.py draws such a file.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ PLAIN = Recipe(
     method="rtn",
 )
 
+CONTROLS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("W4A8KV4, rounded to nearest, per channel", {"kv_bits": 4}),
+    ("W4A8KV4, rounded to nearest, g128", {"kv_bits": 4, "group_size": 128}),
+)
+"""What `qoqc compile` does without calibration, KV4 in every layer; each stands alone."""
+
 ADDED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("W4A8KV8, rounded to nearest, per channel", {}),
     ("+ block input rotation", {"rotate": True}),
@@ -59,8 +66,9 @@ ADDED: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def recipes() -> list[tuple[str, Recipe]]:
-    """The rows, each with what the rows before it had."""
-    rows, recipe = [], PLAIN
+    """The controls, then the steps, each with what those before it had."""
+    rows = [(name, dataclasses.replace(PLAIN, **change)) for name, change in CONTROLS]
+    recipe = PLAIN
     for name, change in ADDED:
         recipe = dataclasses.replace(recipe, **change)
         rows.append((name, recipe))
@@ -68,21 +76,31 @@ def recipes() -> list[tuple[str, Recipe]]:
 
 
 def measure(
-    model_name: str, recipe: Recipe, windows: torch.Tensor, texts: dict[str, Windows]
+    model_name: str,
+    number: int,
+    windows: torch.Tensor,
+    texts: dict[str, Windows],
+    *,
+    seed: int,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Calibrate a fresh copy of the model and compare it on each text."""
+    """Row `number` for a fresh copy of the model on `device`, compared on each text."""
+    recipe = dataclasses.replace(recipes()[number][1], seed=seed)
     torch._dynamo.reset()
     model, baseline = (
-        AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16).eval()
+        AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16).to(device).eval()
         for _ in range(2)
     )
     raw: dict[str, Any] = {"group_size": recipe.group_size, "kv_bits": recipe.kv_bits}
-    weights = survey(model, Options.parse(raw)).weights
-    start = time.perf_counter()
-    record = calibrate(model, windows, weights, recipe)
-    seconds = time.perf_counter() - start
-    qoqc.compile(model, **raw, kv_layers=record.kv_layers(), prefill_kv="quantized", glue="eager")
-    row: dict[str, Any] = {"kv_mean": record.kv_mean(), "seconds": seconds}
+    row: dict[str, Any] = {"kv_layers": (), "kv_mean": recipe.kv_bits, "seconds": 0.0}
+    if number >= len(CONTROLS):
+        weights = survey(model, Options.parse(raw)).weights
+        start = time.perf_counter()
+        record = calibrate(model, windows, weights, recipe)
+        row["seconds"] = time.perf_counter() - start
+        row |= {"kv_layers": record.kv_layers(), "kv_mean": record.kv_mean()}
+    kv_layers = row["kv_layers"]
+    qoqc.compile(model, **raw, kv_layers=kv_layers, prefill_kv="quantized", glue="eager")
     for name, text in texts.items():
         found = compare(model, baseline, text)
         row[name] = {
@@ -94,25 +112,23 @@ def measure(
     return row
 
 
-def plot(source: Path, target: Path) -> None:
-    """Increase by step, a line per model and text."""
-    import matplotlib.pyplot as plt  # noqa: PLC0415  only this option needs it
-
-    lines: dict[tuple[str, str], list[tuple[str, float]]] = {}
-    for line in source.read_text().splitlines():
-        row = json.loads(line)
-        for text, figures in row["texts"].items():
-            key = (row["model"], text)
-            lines.setdefault(key, []).append((row["step"], figures["increase"]))
-    figure, axes = plt.subplots(figsize=(9, 5))
-    for (model, text), points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"{model}, {text}")
-    axes.set_ylabel("perplexity above 16 bit, %")
-    axes.set_yscale("symlog", linthresh=10)
-    axes.tick_params(axis="x", rotation=30)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(target)
+def prepare(args: argparse.Namespace) -> tuple[torch.Tensor, dict[str, Windows]]:
+    """The windows to calibrate on, and those of each text to judge on, by file name."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = {
+        path.name: cut_windows(read_text(path), tokenizer, args.window, args.tokens)
+        for path in args.texts
+    }
+    found = corpus(
+        read_text(args.calibration),
+        tokenizer,
+        samples=args.samples,
+        seq=args.window,
+        seed=args.seed,
+        longest=None,
+        eval_text=read_text(args.texts[0]),
+    )
+    return found.windows, texts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -126,41 +142,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, nargs="+", help="rows by number, from 0; default: all")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--json", type=Path, help="append a line per row")
-    parser.add_argument("--plot", type=Path, help="draw what --json holds by then")
     args = parser.parse_args(arguments)
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = {
-        path.name: cut_windows(read_text(path), tokenizer, args.window, args.tokens)
-        for path in args.texts
-    }
-    windows = corpus(
-        read_text(args.calibration),
-        tokenizer,
-        samples=args.samples,
-        seq=args.window,
-        seed=args.seed,
-        longest=None,
-        eval_text=read_text(args.texts[0]),
-    ).windows
+    windows, texts = prepare(args)
     print(f"{args.model}: calibrated on {len(windows)} windows of {args.window}")
     print("| step | " + " | ".join(texts) + " | KV bits | s |")
     print("|---" * (len(texts) + 3) + "|")
-    for number, (step, recipe) in enumerate(recipes()):
+    for number, (step, _) in enumerate(recipes()):
         if args.steps is not None and number not in args.steps:
             continue
-        recipe = dataclasses.replace(recipe, seed=args.seed)
-        row = measure(args.model, recipe, windows, texts)
+        row = measure(args.model, number, windows, texts, seed=args.seed, device=args.device)
         cells = [f"{row[t]['perplexity']:.3f} ({row[t]['increase']:+.2f} %)" for t in texts]
         print(f"| {step} | {' | '.join(cells)} | {row['kv_mean']:.2f} | {row['seconds']:.0f} |")
         if args.json is not None:
             entry = {"model": Path(args.model).name, "step": step, "number": number}
-            entry |= {"texts": {t: row[t] for t in texts}, "kv_mean": row["kv_mean"]}
+            entry |= {"control": number < len(CONTROLS), "texts": {t: row[t] for t in texts}}
+            entry |= {key: row[key] for key in ("kv_layers", "kv_mean", "seconds")}
             with args.json.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
-    if args.plot is not None and args.json is not None:
-        plot(args.json, args.plot)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,26 +25,34 @@ def rotate(structure: ModelStructure, tensors: Tensors, seed: int | None = 0) ->
     An RMSNorm commutes with every Q; a LayerNorm with those that fix the vector of ones, which are
     taken then, and its bias b becomes Q b. `seed` as in orthogonal().
     """
-    reason = _refusal(structure, tensors)
+    kept = [name for name, scale in _gains(structure, tensors) if not _is_one(scale)]
+    reason = rotation_refusal(structure, tensors, kept)
     if reason is not None:
         return FoldResult((), (Refusal(NAME, reason),))
+    turn(structure, tensors, rotation(structure, seed))
+    return FoldResult((NAME,), ())
+
+
+def rotation(structure: ModelStructure, seed: int | None = 0) -> Tensor:
+    """The Q that rotate() takes, fp64 [width, width]."""
+    q = orthogonal(structure.stream.width, seed)
+    layered = any(norm.kind == "layer" for norm in _norms(structure))
+    return fixing_ones(q) if layered else q
+
+
+def turn(structure: ModelStructure, tensors: Tensors, q: Tensor) -> None:
+    """Rotate by `q` what `structure`, which may be a part of the model's, has of the stream."""
     stream = structure.stream
-    q = orthogonal(stream.width, seed)
-    norms = _norms(structure)
-    if any(norm.kind == "layer" for norm in norms):
-        q = fixing_ones(q)
     for name in stream.embeddings:
         tensors[name].copy_(tensors[name] @ _like(q, tensors[name]).t())
     readers = [ref for consumer in stream.consumers for ref in consumer.linears]
-    assert stream.head is not None, "refused above"
-    for ref in (*readers, stream.head):
+    for ref in (*readers, *(() if stream.head is None else (stream.head,))):
         map_columns(tensors, ref, lambda w: w @ _like(q, w).t())
     for producer in stream.producers:
         map_rows(tensors, producer.linear, lambda w: _like(q, w) @ w)
-    for norm in norms:
+    for norm in _norms(structure):
         if norm.bias is not None:
             tensors[norm.bias].copy_(_like(q, tensors[norm.bias]) @ tensors[norm.bias])
-    return FoldResult((NAME,), ())
 
 
 def _like(q: Tensor, tensor: Tensor) -> Tensor:
@@ -57,7 +67,24 @@ def _norms(structure: ModelStructure) -> list[NormRef]:
     return [norm for norm in found if norm is not None]
 
 
-def _refusal(structure: ModelStructure, tensors: Tensors) -> str | None:
+def _gains(structure: ModelStructure, tensors: Tensors) -> list[tuple[str, Tensor]]:
+    """What the norms that read the stream multiply by, by the name of their weight."""
+    found = [(norm.weight, gain(norm, tensors)) for norm in _norms(structure)]
+    return [(name, scale) for name, scale in found if name is not None and scale is not None]
+
+
+def _is_one(scale: Tensor) -> bool:
+    return torch.equal(scale, torch.ones_like(scale))
+
+
+def rotation_refusal(
+    structure: ModelStructure, tensors: Mapping[str, Tensor], kept: Sequence[str]
+) -> str | None:
+    """Why the stream cannot be rotated; None if it can.
+
+    tensors  read for the shapes of the embeddings alone
+    kept     weights of norms that are not folded
+    """
     stream = structure.stream
     if stream.problems:
         return f"not understood: {stream.problems[0]}"
@@ -74,8 +101,4 @@ def _refusal(structure: ModelStructure, tensors: Tensors) -> str | None:
     sizes = {tensors[name].shape[-1] for name in stream.embeddings}
     if sizes != {stream.width}:
         return f"embeddings of {sorted(sizes)} channels for a stream of {stream.width}"
-    for norm in _norms(structure):
-        scale = gain(norm, tensors)
-        if scale is not None and not torch.equal(scale, torch.ones_like(scale)):
-            return f"{norm.weight} is not folded"
-    return None
+    return f"{kept[0]} is not folded" if kept else None

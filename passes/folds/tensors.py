@@ -35,14 +35,24 @@ def tensors_of(
     Raises Unsupported if transformers does not say which module the head is.
     """
     tensors = {name: p.detach().to(dtype, copy=True) for name, p in model.named_parameters()}
+    separate, name = untied(model, structure)
+    if name is not None and structure.stream.head is not None:
+        tensors[name] = tensors[structure.stream.head.weight].clone()
+    return tensors, separate
+
+
+def untied(model: Any, structure: ModelStructure) -> tuple[ModelStructure, str | None]:
+    """The structure with an output head of its own, and the name of its weight.
+
+    As it is, with None, if the head is no other parameter. Raises as tensors_of does.
+    """
     stream = structure.stream
     if stream.head is None or not stream.tied:
-        return tensors, structure
+        return structure, None
     name = _head_name(model)
-    tensors[name] = tensors[stream.head.weight].clone()
     head = dataclasses.replace(stream.head, weight=name)
-    untied = dataclasses.replace(stream, head=head, tied=False)
-    return tensors, dataclasses.replace(structure, stream=untied)
+    separate = dataclasses.replace(stream, head=head, tied=False)
+    return dataclasses.replace(structure, stream=separate), name
 
 
 @torch.no_grad()

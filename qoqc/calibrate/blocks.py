@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module
 
-from qoqc.calibrate.calls import Call, hidden_of, require_alike, to_fp32
+from qoqc.calibrate.calls import Call, first_of, hidden_of, moved, require_alike, to_fp32
+from qoqc.calibrate.forward import Stop, fast_matmul, replaced, stopping
 from qoqc.calibrate.recorder import Recorder
 from qoqc.errors import Unsupported
 from qoqc.quant.activation import quantize_act
@@ -20,49 +22,56 @@ See = Callable[[Tensor], Tensor | None]
 """Called with a linear's input; what it returns, if anything, is read instead."""
 
 
-class Stop(Exception):
-    """Ends a forward pass that has shown what was wanted."""
-
-
 class Blocks:
-    """The blocks of a Hugging Face decoder, found by name, run in fp32.
+    """The blocks of a Hugging Face decoder, found by name, run one by one on the compute device.
 
     Every window has the same length and no padding, so what a block gets beside the hidden state
     (positions, masks, rotary tables) is the same for all, and is captured once. The hidden state
     of a block is what the one before returned: both are checked, on the first two windows.
     """
 
-    def __init__(self, model: Any, names: Sequence[str], windows: Tensor) -> None:
-        """Capture the calls on windows int64 [W, S]. Raises Unsupported if it is no such chain."""
+    def __init__(
+        self, model: Any, names: Sequence[str], windows: Tensor, device: torch.device | None = None
+    ) -> None:
+        """Capture the calls on windows int64 [W, S]. Raises Unsupported if it is no such chain.
+
+        device  runs the blocks; None: where the model is
+        """
         self.names = list(names)
+        self.device: torch.device = model.device if device is None else device
         self.recorder = Recorder(model.config.get_text_config(decoder=True).num_hidden_layers)
         self._model = model
         self._modules: list[Module] = [model.get_submodule(name) for name in names]
+        self._forwards: list[Callable[..., Any]] = [module.forward for module in self._modules]
         self._calls = self._capture(windows[:1])
         if len(windows) > 1:
             require_alike(self.names, self._calls, self._capture(windows[1:2]))
 
     @torch.no_grad()
-    def embed(self, tensors: Mapping[str, Tensor], windows: Tensor) -> list[Tensor]:
-        """The hidden states fp32 [1, S, width] that enter the first block, on the CPU."""
+    def embed(
+        self, outside: Mapping[str, Tensor], windows: Tensor, home: torch.device | str = "cpu"
+    ) -> list[Tensor]:
+        """The hidden states fp32 [1, S, width] that enter the first block, put on `home`.
+
+        outside  the model's tensors outside the blocks, on the device; those behind need not be
+        """
         found: list[Tensor] = []
 
         def see(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(hidden_of(args, kwargs)[0].float().cpu())
+            found.append(hidden_of(args, kwargs)[0].float().to(home))
             raise Stop
 
-        own = dict(self._model.named_parameters())
-        outside = {
-            name: tensor
-            for name, tensor in tensors.items()
-            if name in own and not name.startswith(tuple(f"{block}." for block in self.names))
-        }
+        known = {name for name, _ in self._model.named_parameters()}
+        given = {name: tensor for name, tensor in outside.items() if name in known}
+        inside = tuple(f"{block}." for block in self.names)
+        for name, buffer in self._model.named_buffers():
+            if not name.startswith(inside):
+                given[name] = buffer.to(self.device)
         hook = self._modules[0].register_forward_pre_hook(see, with_kwargs=True)
         try:
             for window in windows:
-                tokens = window[None].to(self._model.device)
-                with _stopping():
-                    functional_call(self._model, outside, (), self._inputs(tokens))
+                with stopping():
+                    functional_call(self._model, given, (), self._inputs(window[None], self.device))
         finally:
             hook.remove()
         return found
@@ -74,17 +83,20 @@ class Blocks:
         self.recorder.name = name
         prefix = f"{name}."
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        x = hidden.to(self._model.device)
+        own |= {n: b.to(self.device) for n, b in self._modules[index].named_buffers()}
+        x = hidden.to(self.device)
         args, kwargs = call.args, call.kwargs
         if call.named:
             kwargs = {**kwargs, "hidden_states": x}
         else:
             args = (x, *args)
-        output = functional_call(self._modules[index], own, args, kwargs)
-        found: Tensor = output[0] if isinstance(output, tuple) else output
-        return found
+        with fast_matmul():
+            output = functional_call(self._modules[index], own, args, kwargs)
+        return first_of(output)
 
-    def call_order(self, index: int, names: Sequence[str], hidden: Tensor) -> list[list[str]]:
+    def call_order(
+        self, index: int, names: Sequence[str], tensors: Mapping[str, Tensor], hidden: Tensor
+    ) -> list[list[str]]:
         """Parameters `names` of linears in the order of their calls; one list for one input."""
         stages: list[list[str]] = []
         inputs: list[Tensor] = []
@@ -100,7 +112,7 @@ class Blocks:
             return see
 
         with self.watching({name: seer(name) for name in names}):
-            self.run(index, _floats(self._modules[index], self.names[index]), hidden)
+            self.run(index, tensors, hidden)
         return stages
 
     @contextmanager
@@ -116,42 +128,49 @@ class Blocks:
             for handle in handles:
                 handle.remove()
 
-    def _inputs(self, tokens: Tensor) -> dict[str, Any]:
+    def _inputs(self, tokens: Tensor, device: torch.device) -> dict[str, Any]:
+        tokens = tokens.to(device)
         return {"input_ids": tokens, "past_key_values": self.recorder, "use_cache": True}
 
     @torch.no_grad()
     def _capture(self, window: Tensor) -> list[Call]:
+        """The blocks' calls in one forward of the model as it is; each block runs on the device."""
         calls: list[Call] = []
         state: list[Tensor] = []
+        turns: list[int] = []
 
-        def before(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def forward(index: int, *args: Any, **kwargs: Any) -> Any:
             x, named = hidden_of(args, kwargs)
             if state and x is not state[-1]:
                 raise Unsupported(
-                    f"{self.names[len(calls)]} does not read what {self.names[len(calls) - 1]} "
+                    f"{self.names[index]} does not read what {self.names[index - 1]} "
                     "returns, and only chains can be calibrated; use --recipe rtn"
                 )
+            turns.append(index)
+            args, kwargs = moved(args, self.device), moved(kwargs, self.device)
             rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
             calls.append(Call(to_fp32(args if named else args[1:]), to_fp32(rest), named))
+            output = moved(self._as_is(index, args, kwargs), self._model.device)
+            state.append(first_of(output))
+            return output
 
-        def after(module: Module, args: tuple[Any, ...], output: Any) -> None:
-            state.append(output[0] if isinstance(output, tuple) else output)
-
-        handles = []
-        try:
-            for module in self._modules:
-                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                handles.append(module.register_forward_hook(after))
-            self._model(**self._inputs(window.to(self._model.device)))
-        finally:
-            for handle in handles:
-                handle.remove()
-        if len(calls) != len(self.names):
+        with ExitStack() as stack:
+            for index, module in enumerate(self._modules):
+                stack.enter_context(replaced(module, functools.partial(forward, index)))
+            self._model(**self._inputs(window, self._model.device))
+        if turns != list(range(len(self.names))):
             raise Unsupported(
-                f"{len(calls)} calls of {len(self.names)} blocks in one forward, and only chains "
-                "can be calibrated; use --recipe rtn"
+                f"the {len(self.names)} blocks from {self.names[0]} on are not called once each, "
+                "in order, and only chains can be calibrated; use --recipe rtn"
             )
         return calls
+
+    def _as_is(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a block with its own tensors in their own dtype, moved to the device."""
+        module = self._modules[index]
+        own = dict((*module.named_parameters(), *module.named_buffers()))
+        with replaced(module, self._forwards[index]):
+            return functional_call(module, moved(own, self.device), args, kwargs)
 
 
 def rounded_act(x: Tensor) -> Tensor:
@@ -160,21 +179,9 @@ def rounded_act(x: Tensor) -> Tensor:
     return (xq.float() * scale[..., None]).to(x.dtype)
 
 
-@contextmanager
-def _stopping() -> Iterator[None]:
-    try:
-        yield
-    except Stop:
-        return
-
-
 def _pre_hook(see: See) -> Callable[[Module, tuple[Any, ...]], tuple[Any, ...] | None]:
     def hook(module: Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         other = see(args[0])
         return None if other is None else (other, *args[1:])
 
     return hook
-
-
-def _floats(module: Module, name: str) -> dict[str, Tensor]:
-    return {f"{name}.{n}": p.detach().float() for n, p in module.named_parameters()}

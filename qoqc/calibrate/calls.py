@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,14 +31,29 @@ def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor,
     return found, True
 
 
+def first_of(output: Any) -> Tensor:
+    """The hidden state among what a block returns."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
 def to_fp32(value: Any) -> Any:
     """Floating-point tensors in fp32, through tuples, lists and dicts; other things as they are."""
+    return _mapped(value, lambda x: x.float() if x.is_floating_point() else x)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Tensors on `device`, through tuples, lists and dicts; other things as they are."""
+    return _mapped(value, lambda x: x.detach().to(device) if x.device != device else x)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
+        return change(value)
     if type(value) in (tuple, list):
-        return type(value)(to_fp32(v) for v in value)
+        return type(value)(_mapped(v, change) for v in value)
     if type(value) is dict:
-        return {k: to_fp32(v) for k, v in value.items()}
+        return {k: _mapped(v, change) for k, v in value.items()}
     return value
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,11 +113,19 @@ def key_of(
     model: Any, windows: Tensor, recipe: Recipe, weights: Sequence[str], versions: Mapping[str, str]
 ) -> str:
     """A digest of everything the outcome depends on."""
-    digest = hashlib.sha256()
     facts = [dataclasses.asdict(recipe), list(windows.shape), sorted(weights), dict(versions)]
-    digest.update(json.dumps([facts, model.config.to_dict()], sort_keys=True, default=str).encode())
-    for name, tensor in sorted([*model.state_dict().items(), ("windows", windows)]):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(raw.numpy().data)
+    digest = hashlib.sha256(
+        json.dumps([facts, model.config.to_dict()], sort_keys=True, default=str).encode()
+    )
+    tensors = sorted([*model.state_dict().items(), ("windows", windows)])
+    # hashing lets other threads run, and a large model takes one thread half a minute
+    with ThreadPoolExecutor() as pool:
+        for (name, tensor), found in zip(tensors, pool.map(_sha256, tensors), strict=True):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {found}".encode())
     return digest.hexdigest()
+
+
+def _sha256(item: tuple[str, Tensor]) -> str:
+    """Of the tensor's bytes."""
+    raw = item[1].detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(raw.numpy().data).hexdigest()

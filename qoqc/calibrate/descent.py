@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from qoqc.calibrate.columns import Columns
 from qoqc.calibrate.gptq import BLOCK
 from qoqc.calibrate.grid import Grid
 
@@ -29,22 +30,19 @@ def descend(
     values = grid.values(codes).t().contiguous()  # [K, N]: columns are contiguous
     target = weight.t().contiguous()
     chosen = codes.t().contiguous()
+    order, columns = torch.arange(k, device=weight.device), Columns(grid)
     for _ in range(passes):
         before = chosen.clone()
         gradient = hessian @ (target - values)
         for start in range(0, k, BLOCK):
             stop = min(start + BLOCK, k)
-            changes = torch.empty_like(values[start:stop])
-            local = gradient[start:stop]
-            for i in range(start, stop):
-                column = grid.column(i)
-                code = column.codes(torch.addcdiv(values[i], local[i - start], diagonal[i]))
-                chosen[i] = code
-                value = column.values(code)
-                change = torch.sub(value, values[i], out=changes[i - start])
-                values[i] = value
-                local.addr_(hessian[start:stop, i], change, alpha=-1)
-            gradient[stop:].addmm_(hessian[stop:, start:stop], changes, alpha=-1)
+            block = slice(start, stop)
+            found = columns.choose(
+                gradient[block], hessian[block, block], order[block], base=values[block]
+            )
+            chosen[block] = found.codes.to(torch.uint8)
+            values[block] = found.values
+            gradient[stop:].addmm_(hessian[stop:, block], found.errors, alpha=-1)
         if torch.equal(chosen, before):
             break
     return chosen.t().contiguous()

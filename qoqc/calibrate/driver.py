@@ -16,6 +16,7 @@ from qoqc.calibrate.kv_bits import spend_bits
 from qoqc.calibrate.layer_weights import weights_step
 from qoqc.calibrate.linear_step import down_step, reorder_step
 from qoqc.calibrate.names import block_names, layers_by_block, structure_for
+from qoqc.calibrate.outcome import Outcome, stored
 from qoqc.calibrate.recipe import (
     LayerRecord,
     Recipe,
@@ -24,16 +25,13 @@ from qoqc.calibrate.recipe import (
     kv_choices,
     kv_entry,
 )
+from qoqc.calibrate.source import Source
 from qoqc.calibrate.work import LayerWork
 from qoqc.errors import Unsupported
 from qoqc.log import get_logger
-from qoqc.passes.folds.norms import norms
-from qoqc.passes.folds.rotate import rotate
-from qoqc.passes.folds.tensors import tensors_of, write_back
 from qoqc.passes.structure.discover import structure_of
 from qoqc.passes.structure.facts import ModelStructure
-from qoqc.quant.weight import PackedWeight, dequantize_weight
-from qoqc.runtime.weights import STORE, WeightRef
+from qoqc.runtime.weights import WeightRef
 
 log = get_logger("calibrate")
 
@@ -51,6 +49,7 @@ def calibrate(
     weights: Sequence[WeightRef],
     recipe: Recipe,
     *,
+    device: torch.device | str | None = None,
     checkpoints: Checkpoints | None = None,
     progress: Progress | None = None,
 ) -> Record:
@@ -58,34 +57,39 @@ def calibrate(
 
     windows  calibration text, int64 [W, S], no padding
     weights  those the product packs (artifact.survey knows)
+    device   does the work, one block in fp32 at a time; None: where the model is. The model stays
+             where it is, on the CPU, say, if it is larger than a GPU's memory
 
     Afterwards STORE holds the packed weights, and the model's parameters their 16-bit values and
-    the folds. One layer's activations are on the device at a time. The same arguments give the
-    same bits. Raises Unsupported for models that are no chain of blocks, and, naming the layer,
-    for NaN or infinity; the model is unchanged then.
+    the folds. The same arguments give the same bits. Raises Unsupported for models that are no
+    chain of blocks, and, naming the layer, for NaN or infinity; the model is unchanged then.
     """
+    where: torch.device = model.device if device is None else torch.device(device)
     structure = structure_of(model)
-    tensors, structure = tensors_of(model, structure, torch.float32)
-    refused = _fold_stream(structure, tensors, recipe)
-    blocks = Blocks(model, block_names(model, structure), windows)
-    hidden = blocks.embed(tensors, windows)
+    names = block_names(model, structure)
+    source = Source(model, structure, names, recipe, where)
+    structure = source.structure
+    blocks = Blocks(model, names, windows, where)
+    hidden = blocks.embed(source.outside(head=False), windows, _home(windows, structure, where))
     exact = list(hidden)  # what the 16-bit model would hand on, for the correction
+    refs = {ref.name: ref for ref in weights}
     transposed = {ref.name: ref.transposed for ref in weights}
-    packed: dict[str, PackedWeight] = {}
+    outcome = Outcome(model, refs)
     records: list[LayerRecord] = []
-    for index, layer in enumerate(layers_by_block(blocks.names, structure)):
+    for index, layer in enumerate(layers_by_block(names, structure)):
         start = time.perf_counter()
-        name = blocks.names[index]
+        name = names[index]
         record = LayerRecord(name)
         own = [ref.name for ref in weights if ref.name.startswith(f"{name}.")]
         search = hidden[: max(1, SEARCH_TOKENS // windows.shape[1])]
+        tensors = source.block(name)
+        # the steps change them in place; a layer read from disk needs them as they were, too
+        original = {known: t.clone() for known, t in tensors.items()} if recipe.correct else {}
         work = LayerWork(
             blocks, index, layer, structure_for(structure, layer), tensors, own, search, recipe,
             record,
         )  # fmt: skip
-        # the steps change them in place; a layer read from disk needs them as they were, too
-        original = {known: t.clone() for known, t in work.own().items()} if recipe.correct else {}
-        finished = checkpoints.load(index, model.device) if checkpoints is not None else None
+        finished = checkpoints.load(index, where) if checkpoints is not None else None
         if finished is None:
             finished = _calibrate_layer(work, transposed, hidden, exact)
             if checkpoints is not None:
@@ -96,27 +100,27 @@ def calibrate(
         if recipe.correct:
             blocks.recorder.bits = 16
             for number, x in enumerate(exact):
-                exact[number] = blocks.run(index, original, x).cpu()
-        packed.update(finished.packed)
-        for known in finished.packed:
-            del tensors[known]  # its packed form says all; in fp32 it is 8 times as large
+                exact[number] = blocks.run(index, original, x).to(x.device)
+        outcome.keep(finished)
         log.info("%s: %.1f s", finished.record, time.perf_counter() - start)
         if progress is not None:
-            progress(index + 1, len(blocks.names))
+            progress(index + 1, len(names))
     _spend(records, recipe)
-    _hand_over(model, tensors, packed, weights)
-    return Record(recipe, len(windows), windows.shape[1], tuple(records), tuple(refused))
+    outcome.hand_over(source.outside())
+    return Record(recipe, len(windows), windows.shape[1], tuple(records), tuple(source.refused))
 
 
-def _fold_stream(
-    structure: ModelStructure, tensors: dict[str, Tensor], recipe: Recipe
-) -> list[str]:
-    """Norms and the rotation of the residual stream; returns what was refused."""
-    refused = [f"not recognised: {problem}" for problem in structure.problems]
-    if recipe.rotate:
-        for result in (norms(structure, tensors), rotate(structure, tensors, recipe.seed)):
-            refused += [str(refusal) for refusal in result.refused]
-    return refused
+def _home(windows: Tensor, structure: ModelStructure, device: torch.device) -> torch.device:
+    """Where hidden states wait for their turn: on a GPU if that leaves most of it free.
+
+    Each is read about ten times per layer, and copies from and to the CPU take longer than what
+    is computed of it.
+    """
+    if device.type != "cuda":
+        return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info(device)
+    both = 2 * 4 * windows.numel() * structure.stream.width  # quantized and exact, in fp32
+    return device if both <= free / 4 else torch.device("cpu")
 
 
 def _calibrate_layer(
@@ -134,10 +138,10 @@ def _calibrate_layer(
     found = _outputs(work, _bits(work.recipe, work.record), tuple(packed))
     signal = noise = 0.0
     for x, y, z in zip(work.inputs, expected, found, strict=True):
-        signal += float((y - x).double().square().sum())
+        signal += float((y - x.to(y.device)).double().square().sum())
         noise += float((z - y).double().square().sum())
     work.record.sqnr = decibel(signal, noise)
-    others = {name: tensor for name, tensor in work.own().items() if name not in packed}
+    others = {name: tensor for name, tensor in work.tensors.items() if name not in packed}
     return Finished(packed, others, work.record)
 
 
@@ -145,14 +149,14 @@ def _install(work: LayerWork, finished: Finished, transposed: Mapping[str, bool]
     """The tensors of a finished layer, whether just made or read."""
     work.tensors.update(finished.others)
     for name, weight in finished.packed.items():
-        work.tensors[name] = _stored(weight, transposed[name])
+        work.tensors[name] = stored(weight, transposed[name])
 
 
 def _outputs(work: LayerWork, bits: int, rounded: Sequence[str]) -> list[Tensor]:
-    """The layer's outputs for the search windows, on the CPU."""
+    """The layer's outputs for the search windows."""
     work.blocks.recorder.bits = bits
     with work.blocks.watching(dict.fromkeys(rounded, rounded_act)):
-        return [work.blocks.run(work.index, work.tensors, x).cpu() for x in work.inputs]
+        return [work.blocks.run(work.index, work.tensors, x) for x in work.inputs]
 
 
 def _propagate(work: LayerWork, hidden: list[Tensor], record: LayerRecord) -> None:
@@ -160,7 +164,7 @@ def _propagate(work: LayerWork, hidden: list[Tensor], record: LayerRecord) -> No
     work.blocks.recorder.bits = _bits(work.recipe, record)
     with work.blocks.watching(dict.fromkeys(work.packed, rounded_act)):
         for number, x in enumerate(hidden):
-            hidden[number] = work.blocks.run(work.index, work.tensors, x).cpu()
+            hidden[number] = work.blocks.run(work.index, work.tensors, x).to(x.device)
             if not torch.isfinite(hidden[number]).all():
                 raise Unsupported(
                     f"{record.name}: its output on the calibration text holds NaN or infinity; "
@@ -179,23 +183,3 @@ def _spend(records: Sequence[LayerRecord], recipe: Recipe) -> None:
         return
     for record, choice in zip(records, spend_bits(choices, recipe.kv_average), strict=True):
         record.kv = kv_entry(choice)
-
-
-def _hand_over(
-    model: Any,
-    tensors: dict[str, Tensor],
-    packed: Mapping[str, PackedWeight],
-    weights: Sequence[WeightRef],
-) -> None:
-    """Put the outcome into the model and the store; the model must be written first."""
-    refs = {ref.name: ref for ref in weights}
-    write_back(model, tensors)
-    for name, weight in packed.items():
-        ref = refs[name]
-        ref.param.copy_(_stored(weight, ref.transposed))
-        STORE.adopt(ref, weight)
-
-
-def _stored(weight: PackedWeight, transposed: bool) -> Tensor:
-    values = dequantize_weight(weight)
-    return values.t() if transposed else values

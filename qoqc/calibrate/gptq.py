@@ -11,6 +11,7 @@ import dataclasses
 
 import torch
 
+from qoqc.calibrate.columns import Columns
 from qoqc.calibrate.grid import Grid
 from qoqc.errors import Unsupported
 
@@ -87,18 +88,13 @@ def gptq(weight: torch.Tensor, grid: Grid, factor: Factor) -> torch.Tensor:
     """Codes uint8 [N, K] for `weight` fp32 [N, K] on `grid`. Deterministic; N may be a stack of
     linears that share their input, because output channels do not interact."""
     n, k = weight.shape
-    root, order = factor.root, factor.order.tolist()
-    rest = weight.t()[factor.order].contiguous()  # [K, N] in visiting order: columns are contiguous
+    root, order, columns = factor.root, factor.order, Columns(grid)
+    rest = weight.t()[order].contiguous()  # [K, N] in visiting order: columns are contiguous
     codes = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
-        errors = torch.empty_like(rest[start:stop])
-        for i in range(start, stop):
-            column = grid.column(order[i])
-            code = column.codes(rest[i])
-            codes[order[i]] = code
-            miss = rest[i] - column.values(code)
-            error = torch.div(miss, root[i, i], out=errors[i - start])
-            rest[i + 1 : stop].addr_(root[i, i + 1 : stop], error, alpha=-1)
-        rest[stop:].addmm_(root[start:stop, stop:].t(), errors, alpha=-1)
+        own = order[start:stop]
+        chosen = columns.choose(rest[start:stop], root[start:stop, start:stop], own)
+        codes[own] = chosen.codes.to(torch.uint8)
+        rest[stop:].addmm_(root[start:stop, stop:].t(), chosen.errors, alpha=-1)
     return codes.t().contiguous()

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qoqc.calibrate.blocks import See, Stop, rounded_act
+from qoqc.calibrate.blocks import See, rounded_act
+from qoqc.calibrate.forward import Stop
 from qoqc.calibrate.hessian import Hessian
 from qoqc.calibrate.weight_step import quantize_linear
 from qoqc.calibrate.work import LayerWork
@@ -35,20 +36,23 @@ def weights_step(
     """
     done: dict[str, PackedWeight] = {}
     layer = _Layer(work, dict(work.tensors), hidden, exact, kv_bits)
-    for names in work.blocks.call_order(work.index, list(work.packed), hidden[0]):
+    order = work.blocks.call_order(work.index, list(work.packed), work.tensors, hidden[0])
+    for names in order:
         weights = [_dense(work.tensors[name], transposed[name]) for name in names]
+        whole = torch.cat(weights)
         hessian, cross, tokens = layer.moments(names[0], list(done))
         channels_per_token = len(hessian) / tokens
         if cross is not None:
             damping = DAMPING + channels_per_token
-            weights = [corrected(weight, hessian, cross, damping) for weight in weights]
+            whole = corrected(whole, hessian, cross, damping)
+            del cross  # a large model's is a gigabyte, and the next step takes several of them
         # what few tokens say of many channels is mostly noise, which GPTQ would take for signal
         options = dataclasses.replace(
             work.recipe.weights(), damping=min(max(DAMPING, channels_per_token / 4), 1.0)
         )
         # one column loop for all that share an input
         name = names[0].removesuffix(".weight")
-        found = quantize_linear(torch.cat(weights), hessian, options, name)
+        found = quantize_linear(whole, hessian, options, name)
         start = 0
         for name, weight in zip(names, weights, strict=True):
             done[name] = rows(found.packed, start, start + len(weight))
@@ -65,10 +69,12 @@ def corrected(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) ->
     squares answer is W + W (cross - hessian) hessian^-1 (the idea of GPTAQ, arXiv 2504.02692,
     taken before GPTQ instead of within). `damping`, a fraction of the mean diagonal, draws it to W.
     """
-    damped = hessian.double()
-    damped.diagonal().add_(damping * damped.diagonal().mean())
-    change: Tensor = torch.linalg.solve(damped, (cross.double() - hessian.double()).t())
-    return weight + weight @ change.t().float()
+    h, w = hessian.double(), weight.double()
+    wanted = w @ (cross.double() - h)
+    h.diagonal().add_(damping * h.diagonal().mean())
+    # one right side per output channel, of which there are fewer than a K x K inverse has
+    change: Tensor = torch.linalg.solve(h, wanted.t()).t()
+    return (w + change).float()
 
 
 class _Layer:

@@ -66,7 +66,8 @@ class LayerRecord:
     reordered  weights of o and down whose inputs were sorted
     kv         bits, errors and reason, as `kv_entry` has it; None if it keeps no keys and values
     errors     packed weight -> relative mean squared output error on calibration text
-    sqnr       of the layer's contribution to the stream, in dB
+    sqnr       of the layer's contribution to the stream, in dB, next to the exact layer on the same
+               input; the correction, which makes up for errors of that input, counts as noise
     refused    what was left out, with the reason
     """
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qoqc.calibrate.blocks import Blocks, Stop, rounded_act
+from qoqc.calibrate.blocks import Blocks, rounded_act
+from qoqc.calibrate.forward import Stop
 from qoqc.calibrate.hessian import Hessian
 from qoqc.calibrate.ranges import plain_grid
 from qoqc.calibrate.recipe import LayerRecord, Recipe
@@ -32,7 +33,7 @@ class LayerWork:
 
     layer      its facts; None if nothing in the block was recognised
     structure  the model's, with this layer alone: folds then touch nothing else
-    tensors    fp32, of the whole model; the steps change those of this layer
+    tensors    fp32, of this layer, on the compute device; the steps change them in place
     packed     the layer's parameters that the product packs
     inputs     hidden states of the search windows, fp32 [1, S, width] each
     """
@@ -55,14 +56,9 @@ class LayerWork:
 
     def after(self, fold: Fold) -> dict[str, Tensor]:
         """The layer's tensors as a fold would leave them, for a trial."""
-        copies = {name: tensor.clone() for name, tensor in self.own().items()}
+        copies = {name: tensor.clone() for name, tensor in self.tensors.items()}
         fold(self.structure, copies)
         return copies
-
-    def own(self) -> dict[str, Tensor]:
-        """The tensors of this layer."""
-        prefix = f"{self.blocks.names[self.index]}."
-        return {name: t for name, t in self.tensors.items() if name.startswith(prefix)}
 
     def inputs_of(self, name: str, tensors: dict[str, Tensor], bits: int) -> list[Tensor]:
         """The inputs [1, S, K] of the linear with parameter `name`, for each search window."""

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 import qoqc.generate
-from qoqc.artifact.manifest import is_artifact
+from qoqc.artifact.manifest import Manifest, is_artifact
 from qoqc.calibrate.perplexity import Comparison, Score, compare, evaluate
 from qoqc.calibrate.windows import BOS, Bos, Windows, cut_windows, read_text
 from qoqc.cli.progress import steps
+from qoqc.cli.record import kv_text, show_artifact
 from qoqc.cli.source import (
     choose_device,
     choose_dtype,
@@ -91,7 +92,11 @@ def run(
             score = comparison.model
         shown.finish()
     _show(f"{model_name}: {_describe(model)}", score, windows, time.perf_counter() - start)
-    return 0 if comparison is None else _judge(comparison, settings)
+    code = 0 if comparison is None else _judge(comparison, settings)
+    if is_artifact(Path(model_name)):
+        print(f"\nwhen {model_name} was made:")
+        show_artifact(Manifest.read(Path(model_name)), model_name)
+    return code
 
 
 def _windows(model_name: str, text: str, settings: Settings, bos: Bos) -> Windows:
@@ -137,7 +142,8 @@ def _describe(model: Any) -> str:
         return str(model.dtype).removeprefix("torch.")
     kind = "per channel" if options.group_size == -1 else f"g{options.group_size}"
     rounded = options.prefill_kv == "quantized" and options.kv_bits != 16
-    kv = f"W4A8KV{options.kv_bits}" if rounded else "W4A8, exact keys and values"
+    bits = kv_text(options.kv_bits, options.kv_layers)
+    kv = f"W4A8KV{bits}" if rounded else "W4A8, exact keys and values"
     return f"{kv}, {kind}"
 
 

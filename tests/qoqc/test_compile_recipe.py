@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +129,59 @@ def test_killed_and_taken_up_again(
     assert done == ["model.layers.4"]
     assert contents(output) == contents(artifact)
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.slow
+def test_kill_9_and_taken_up_again(artifact: Path, tmp_path: Path) -> None:
+    """Nothing is cleaned up and nothing is told: the files alone must do."""
+    output, partial = tmp_path / "out", tmp_path / "out.partial"
+    command = ["compile", str(MODEL), "-o", str(output), *QUICK]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "qoqc", *command], stdout=log, stderr=log)
+        while len(list(partial.glob("layer-*.safetensors"))) < 2 and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert not output.exists()
+    before = {path.name: path.stat().st_mtime_ns for path in partial.glob("layer-*.safetensors")}
+    assert 2 <= len(before) < 5
+    after: dict[str, int] = {}
+    rmtree = shutil.rmtree
+
+    def looking(path: Path, *args: Any, **kwargs: Any) -> None:
+        found = {x.name: x.stat().st_mtime_ns for x in Path(path).glob("layer-*.safetensors")}
+        after.update(found)
+        rmtree(path, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", looking)
+        assert main(command) == 0
+    assert len(after) == 5
+    assert {name: after[name] for name in before} == before, "finished layers are not done again"
+    assert contents(output) == contents(artifact)
+    assert not partial.exists()
+
+
+@pytest.mark.slow
+def test_the_artifact_shows_it(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`inspect` and `eval` say what `compile` said: a row per layer, and the gate."""
+    manifest = Manifest.read(artifact)
+    assert manifest.recipe is not None
+    assert manifest.gate is not None
+    assert main(["inspect", str(artifact)]) == 0
+    shown = [capsys.readouterr().out]
+    (tmp_path / "text").write_text("Once upon a time, there was a little dog. " * 20)
+    given = ["--text", str(tmp_path / "text"), "--seq", "64", "--glue", "eager", "--device", "cpu"]
+    assert main(["eval", str(artifact), *given]) == 0
+    shown.append(capsys.readouterr().out)
+    for text in shown:
+        for layer in manifest.recipe["layers"]:
+            (row,) = [line for line in text.splitlines() if f"{layer['name']} " in line]
+            assert f" {layer['sqnr']:.1f} " in row
+        assert f"perplexity {manifest.gate['perplexity']:.4f}, " in text
+        assert "4.00 bits per key and value on average" in text
 
 
 @pytest.mark.slow

@@ -48,6 +48,8 @@ def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int,
     title, *lines = captured.out.splitlines()
     table = {"title": title, "stderr": captured.err}
     for line in lines:
+        if not line:
+            break  # behind it stands what the manifest says
         name, rest = re.split(r"  +", line, maxsplit=1)
         table[name] = rest
     return code, table
@@ -85,6 +87,10 @@ def test_an_artifact_keeps_its_options_unless_told(
     artifact: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = str(artifact)
+    capsys.readouterr()
+    assert main(["eval", name, "--text", str(text), *SHORT]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [f"when {name} was made:", "recipe: rounded to nearest, not judged"]
     _, own = evaluated(capsys, name, "--text", str(text))
     assert own["title"] == f"{artifact}: W4A8KV4, per channel"
     _, model = evaluated(capsys, str(MODEL), "--text", str(text), "--group-size", "-1")
