@@ -24,8 +24,10 @@ from qoqc.codegen.kernels.gemm_forms import GEMM
 from qoqc.codegen.kernels.kv_append import KV_APPEND
 from qoqc.codegen.kernels.norm_quantize import NORM_QUANTIZE
 from qoqc.codegen.kernels.quantize import QUANTIZE
+from qoqc.codegen.kernels.rotate_append_call import KV_ROTATE_APPEND
+from qoqc.codegen.kernels.step_call import STEP_APPEND, STEP_ATTEND, STEP_COMBINE
 from qoqc.codegen.specialize import literal, specialize
-from qoqc.config import cache_dir
+from qoqc.config import private_cache_dir
 from qoqc.ir.spec import to_json
 from qoqc.log import dump, get_logger
 
@@ -39,9 +41,13 @@ OPS: dict[str, Op] = {
         single(ACT_QUANTIZE),
         GEMM,
         single(KV_APPEND),
+        single(KV_ROTATE_APPEND),
         single(ATTENTION_DECODE),
         single(ATTENTION_COMBINE),
         single(ATTENTION_PREFILL),
+        single(STEP_APPEND),
+        single(STEP_ATTEND),
+        single(STEP_COMBINE),
     )
 }
 
@@ -56,7 +62,7 @@ def build(family: Family, spec: Any, tile: Tile) -> Kernel:
     Its source is `<cache_dir>/kernels/<family>-<hash8>.py`; a file there with other text than
     expected (damaged, or edited) is replaced. Built once per process, then taken from memory.
     """
-    folder = cache_dir() / "kernels"
+    folder = private_cache_dir("kernels")
     key = (family.name, spec, tile, folder)
     if key not in _BUILT:
         _BUILT[key] = _build(family, spec, tile, folder)

@@ -27,6 +27,8 @@ from qoqc.codegen.kernels import (
     norm_call,
     norm_quantize,
     quantize,
+    rotate_append_call,
+    step_call,
 )
 from qoqc.codegen.tuning import choose
 from qoqc.ir.spec import PAGE
@@ -182,6 +184,15 @@ def kv4_append(
         kv_append.launch(kernel, k_pages, v_pages, kv_words, block_table, start, k, v)
 
 
+def kv4_rotate_append(*args: Any) -> tuple[Tensor, Tensor]:
+    """qoqc::kv4_rotate_append by a generated kernel; no token beyond the block table is written."""
+    call = rotate_append_call.Append(*args)
+    spec = rotate_append_call.spec_of(call)
+    with torch.cuda.device_of(call.q):
+        kernel = kernel_for(OPS["kv_rotate_append"], spec, call.q.shape[2], call.q.device)
+        return rotate_append_call.launch(kernel, call)
+
+
 def kv4_attention(
     q: Tensor,
     k_pages: Tensor,
@@ -195,15 +206,21 @@ def kv4_attention(
     scale: float,
     bits: Literal[4, 8],
     causal: bool,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """qoqc::kv4_attention: split along the cache for few queries, tiled over them for many."""
+    """qoqc::kv4_attention: split along the cache for few queries, tiled over them for many.
+
+    With softcap or sinks always tiled: their decode steps are kv4_decode's.
+    """
     call = attention.Call(
-        q, k_pages, v_pages, kv_words, block_table, length, mask, k_chunk, v_chunk, scale
-    )
+        q, k_pages, v_pages, kv_words, block_table, length, mask, k_chunk, v_chunk, scale, softcap,
+        sinks,
+    )  # fmt: skip
     spec = attention.spec_of(call, bits, causal)
     seq, device = q.shape[2], q.device
     with torch.cuda.device_of(q):
-        if call.rows > attention_decode.MAX_ROWS:
+        if call.rows > attention_decode.MAX_ROWS or spec.has_softcap or spec.has_sinks:
             kernel = kernel_for(OPS["attention_prefill"], spec, seq, device)
             return attention_prefill.launch(kernel, call)
         kernel = kernel_for(OPS["attention_decode"], spec, seq, device)
@@ -211,6 +228,20 @@ def kv4_attention(
         combine = kernel_for(OPS["attention_combine"], spec, seq, device)
         capacity = block_table.shape[1] * PAGE
         return attention_combine.launch(combine, part, stat, length, call.empty_out(), capacity)
+
+
+def kv4_decode(*args: Any) -> Tensor:
+    """qoqc::kv4_decode in two launches, or three where sequences have many parts to add up."""
+    step = step_call.Step(*args)
+    spec, device = step_call.spec_of(step), step.q.device
+    with torch.cuda.device_of(step.q):
+        append = kernel_for(OPS["step_append"], spec, step.batch, device)
+        attend = kernel_for(OPS["step_attend"], spec, step.batch, device)
+        combine = None
+        if not step_call.meets(spec, step.batch):
+            combine = kernel_for(OPS["step_combine"], spec, step.batch, device)
+        slots = step_call.slots_of(device, attend.tile)
+        return step_call.launch(append, attend, combine, step, slots)
 
 
 @functools.cache
@@ -229,5 +260,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "w4a8_linear": w4a8_linear,
     "w4a8_glu": w4a8_glu,
     "kv4_append": kv4_append,
+    "kv4_rotate_append": kv4_rotate_append,
     "kv4_attention": kv4_attention,
+    "kv4_decode": kv4_decode,
 }

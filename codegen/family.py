@@ -119,12 +119,17 @@ class Family:
     pdl: bool = False
 
     def options(self, tile: Tile) -> dict[str, Any]:
-        """The compile options of the family's kernels with this tile."""
+        """The compile options of the family's kernels with this tile.
+
+        A constexpr MAX_REGISTERS of a tile is one of them: a limit per thread, 0 for none.
+        """
+        registers = dict(tile.constexprs).get("MAX_REGISTERS", 0)
         return {
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
             "enable_fp_fusion": self.fp_fusion,
             **({"launch_pdl": True} if self.pdl else {}),
+            **({"maxnreg": registers} if registers else {}),
         }
 
 

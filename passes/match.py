@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from qoqc.ir import glue
+
 LINEAR = torch._C._nn.linear
+LINEAR_GLU = glue.linear_glu
 SDPA = torch._C._nn.scaled_dot_product_attention
 
 VIEW_METHODS = frozenset(
@@ -70,6 +74,59 @@ def _is_write(node: Any) -> bool:
     if node.op == "call_function":
         in_place |= node.target in WRITES or node.kwargs.get("inplace") is True
     return in_place and bool(node.args)
+
+
+def between(node: Node, ends: Collection[Any]) -> frozenset[Node]:
+    """The nodes that compute `node` from `ends`, itself among them."""
+    seen: set[Node] = set()
+    queue = [node]
+    while queue:
+        here = queue.pop()
+        if here not in ends and here not in seen:
+            seen.add(here)
+            queue.extend(here.all_input_nodes)
+    return frozenset(seen)
+
+
+def is_heads_swap(node: Any) -> bool:
+    """Does this node exchange axes 1 and 2 of a tensor of four: [B, H, S, D] and [B, S, H, D]?"""
+    if not isinstance(node, Node) or not node.args or node.kwargs:
+        return False
+    value = example(node.args[0])
+    if not isinstance(value, torch.Tensor) or value.dim() != 4:
+        return False
+    axes = node.args[1] if isinstance(node.args[1:2], tuple) and len(node.args) == 2 else None
+    order = tuple(axes) if isinstance(axes, (tuple, list)) else node.args[1:]
+    if is_method(node, "permute") or is_call(node, torch.permute):
+        return order == (0, 2, 1, 3)
+    swaps = is_method(node, *_SWAPS) or is_call(node, torch.transpose, torch.swapaxes)
+    return swaps and {dim % 4 for dim in order if isinstance(dim, int)} == {1, 2}
+
+
+_SWAPS = ("transpose", "swapaxes", "swapdims")
+
+
+def is_copy_of(node: Any, *dtypes: torch.dtype) -> bool:
+    """Does this node give its first argument again, in the same shape and order?
+
+    In the same dtype, in fp32 what was 16 bit, or in one of `dtypes` what was fp32.
+    """
+    # not through other views of the same shape: transpose(2, 3) of equal sizes
+    if not is_method(node, *CASTS, "contiguous", "clone", "view", "reshape"):
+        return False
+    before, after = example(node.args[0]), example(node)
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    if before.device != after.device or tuple(before.shape) != tuple(after.shape):
+        return False
+    if before.dtype == after.dtype:
+        return True
+    widened = before.dtype in (torch.bfloat16, torch.float16) and after.dtype == torch.float32
+    rounded = before.dtype == torch.float32 and after.dtype in dtypes
+    return is_method(node, *CASTS) and (widened or rounded)
+
+
+CASTS = ("to", "type_as", "type", "float", "bfloat16", "half")
 
 
 def example(node: Any) -> Any:

@@ -18,10 +18,8 @@ from torch.fx import Node
 
 from qoqc.ir.glue import NormKind
 from qoqc.passes.fusing import alike, operands
-from qoqc.passes.match import argument, example, is_method
+from qoqc.passes.match import CASTS, argument, between, example, is_method
 from qoqc.passes.structure.nodes import operation
-
-CASTS = ("to", "type_as", "type", "float", "bfloat16", "half")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +129,7 @@ def _finish(
         if value.dtype != example(x).dtype:
             return f"its {name} is {value.dtype}, what it normalizes {example(x).dtype}"
     ends = {x, weight, bias}
-    return Norm(x, weight, bias, kind, eps, offset, round_first, _between(node, ends))
+    return Norm(x, weight, bias, kind, eps, offset, round_first, between(node, ends))
 
 
 def _uncast(node: Any, dtype: torch.dtype) -> Any:
@@ -203,15 +201,3 @@ def _offset(factor: Any, dtype: torch.dtype) -> tuple[Any, float]:
         if example(weight).dtype == dtype:
             return weight, float(number)
     return factor, 0.0
-
-
-def _between(node: Node, ends: set[Any]) -> frozenset[Node]:
-    """The nodes that compute `node` from `ends`."""
-    seen: set[Node] = set()
-    queue = [node]
-    while queue:
-        here = queue.pop()
-        if here not in ends and here not in seen:
-            seen.add(here)
-            queue.extend(here.all_input_nodes)
-    return frozenset(seen)

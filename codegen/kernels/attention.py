@@ -30,6 +30,8 @@ class Call:
     k_chunk: torch.Tensor | None
     v_chunk: torch.Tensor | None
     scale: float
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
 
     @property
     def group(self) -> int:
@@ -116,9 +118,18 @@ def spec_of(call: Call, bits: Literal[4, 8], causal: bool) -> AttentionSpec:
                 f"kv4_attention: a chunk is {tuple(x.shape)}, expected "
                 f"{(batch, kv.kv_heads, seq, dim)}"
             )
+    sinks = call.sinks
+    if sinks is not None and (tuple(sinks.shape) != (heads,) or sinks.stride(0) != 1):
+        raise ValueError(
+            f"kv4_attention: sinks is {tuple(sinks.shape)} with strides {sinks.stride()}, expected "
+            f"({heads},) without gaps"
+        )
     # a single query sees all tokens before it, causal or not: one kernel for both
     causal = causal and seq > 1
-    return AttentionSpec(heads, kv, q.dtype, mask is not None, chunk is not None, causal)
+    return AttentionSpec(
+        heads, kv, q.dtype, mask is not None, chunk is not None, causal, bool(call.softcap),
+        sinks is not None,
+    )  # fmt: skip
 
 
 def kv_spec_of(
@@ -224,4 +235,6 @@ def trial_call(
         randn(batch, kv.kv_heads, seq, kv.k_dim) if chunk else None,
         randn(batch, kv.kv_heads, seq, kv.v_dim) if chunk else None,
         kv.k_dim**-0.5,
+        30.0 if spec.has_softcap else 0.0,
+        randn(spec.heads) if spec.has_sinks else None,
     )

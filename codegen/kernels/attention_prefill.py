@@ -27,7 +27,9 @@ from qoqc.codegen.kernels.kv_selfcheck import PREFILL_SELFCHECK
 from qoqc.codegen.kernels.pieces import round_to_bf16
 from qoqc.codegen.kernels.pieces_kv import (
     HEADROOM,
+    LOG2E,
     SMALLEST_SCALE,
+    capped,
     greatest_scale,
     load_codes,
     look,
@@ -83,6 +85,8 @@ def attention_prefill(
     scale,
     seq,
     pages,
+    softcap,
+    sinks_ptr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -91,6 +95,8 @@ def attention_prefill(
     HAS_MASK: tl.constexpr,
     HAS_CHUNK: tl.constexpr,
     CAUSAL: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     OPERAND: tl.constexpr,
     WEIGHT: tl.constexpr,
     PTX: tl.constexpr,
@@ -135,7 +141,8 @@ def attention_prefill(
     q_sum = tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
     q0 = q0.to(OPERAND)
     q1 = q1.to(OPERAND)
-    log2_scale = scale * 1.4426950408889634
+    log2_scale = scale * LOG2E
+    log2_cap = softcap * LOG2E
     position = length - seq + query
     mask_rows = mask_ptr + b * mask_stride_b
     mask_rows += (head * mask_stride_h + wide_query * mask_stride_s)[:, None]
@@ -201,6 +208,8 @@ def attention_prefill(
         s1 = mma(q1, k11.T, mma(q0, k10.T, none))
         s0 = (s0 * k_scale0[None, :] + q_sum[:, None] * k_middle0[None, :]) * log2_scale
         s1 = (s1 * k_scale1[None, :] + q_sum[:, None] * k_middle1[None, :]) * log2_scale
+        s0 = capped(s0, log2_cap, HAS_SOFTCAP)
+        s1 = capped(s1, log2_cap, HAS_SOFTCAP)
         seen0 = look(t0, cached, in_row, position, mask_rows, mask_len, 1, CAUSAL, HAS_MASK)
         seen1 = look(t1, cached, in_row, position, mask_rows, mask_len, 1, CAUSAL, HAS_MASK)
         s0 = tl.where(seen0, s0, float("-inf"))
@@ -254,7 +263,7 @@ def attention_prefill(
                 CAUSAL,
                 HAS_MASK,
             )
-            s = tl.where(seen, s * log2_scale, float("-inf"))
+            s = tl.where(seen, capped(s * log2_scale, log2_cap, HAS_SOFTCAP), float("-inf"))
             peak, shrink, p = rise_one(peak, s)
             total = total * shrink + tl.sum(p, 1)
             offset *= shrink
@@ -265,6 +274,12 @@ def attention_prefill(
                 acc = mma(low, v, acc)
 
     out = acc * (top / HEADROOM) + offset[:, None]
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head, mask=in_row, other=0.0).to(tl.float32) * LOG2E
+        summit = tl.maximum(peak, sink)
+        shrink = tl.exp2(peak - summit)
+        total = total * shrink + tl.exp2(sink - summit)
+        out *= shrink[:, None]
     empty = total == 0
     out = tl.where(empty[:, None], 0.0, out / tl.where(empty, 1.0, total)[:, None])
     out = tl.where(overflow, float("nan"), out)
@@ -289,13 +304,22 @@ def launch(kernel: Launch, call: Call) -> torch.Tensor:
     if out.numel():
         batch, kv_heads, seq = call.q.shape[0], call.k_pages.shape[1], call.q.shape[2]
         grid = (ceil_div(call.rows, kernel.tile["BLOCK_R"]), kv_heads, batch)
-        kernel(grid, *call.arguments(), out, call.scale, seq, call.block_table.shape[1])
+        sinks = out if call.sinks is None else call.sinks
+        kernel(
+            grid, *call.arguments(), out, call.scale, seq, call.block_table.shape[1],
+            call.softcap, sinks,
+        )  # fmt: skip
     return out
 
 
 def bind(spec: AttentionSpec, tile: Tile) -> dict[str, Any]:
     """The constexprs of `attention_prefill`."""
-    return {**constexprs(spec, tile), "ROUND_BF16": round_bf16(spec, tile)}
+    return {
+        **constexprs(spec, tile),
+        "HAS_SOFTCAP": spec.has_softcap,
+        "HAS_SINKS": spec.has_sinks,
+        "ROUND_BF16": round_bf16(spec, tile),
+    }
 
 
 def shared_bytes(spec: AttentionSpec, tile: Tile) -> int:

@@ -71,6 +71,100 @@ def codes_of(x, low, inverse, TOP: tl.constexpr):
     return round_half_even(inside).to(tl.int32)
 
 
+@triton.jit
+def slots_of(start, number, seq, pages, SINGLE: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Which slots of which page of a sequence program `number` owns, and their tokens.
+
+    Returns the page's place in the table, whether it has one, the slots j [BLOCK_J], the tokens of
+    the chunk that belong into j and j + 32, and which of those are new.
+    """
+    HALF: tl.constexpr = 32
+    block_page = start // (2 * HALF)
+    if SINGLE:
+        j = (start % HALF).to(tl.int32) + tl.arange(0, BLOCK_J)
+    else:
+        block_page += number // (HALF // BLOCK_J)
+        j = (number % (HALF // BLOCK_J)) * BLOCK_J + tl.arange(0, BLOCK_J)
+    # a position outside the table is dropped, never written
+    inside = (start >= 0) & (block_page < pages)
+    token0 = block_page * (2 * HALF) + j - start
+    token1 = token0 + HALF
+    new0 = inside & (token0 >= 0) & (token0 < seq)
+    new1 = inside & (token1 >= 0) & (token1 < seq)
+    return block_page, inside, j, token0, token1, new0, new1
+
+
+@triton.jit
+def put_keys(
+    left, right, live, new, k_page, words, slot, c, K_HALF: tl.constexpr, BITS: tl.constexpr
+):
+    """Quantize keys, fp32 halves [BLOCK_J, BLOCK_K] of their channels, into `slot` of a page."""
+    TOP: tl.constexpr = 15.0 if BITS == 4 else 255.0
+    left_low, left_high, left_broken = extent(left, live)
+    right_low, right_high, right_broken = extent(right, live)
+    low, inverse, word = grid_of(
+        tl.minimum(left_low, right_low),
+        tl.maximum(left_high, right_high),
+        left_broken | right_broken,
+        TOP,
+    )
+    left_codes = codes_of(left, low, inverse, TOP)
+    right_codes = codes_of(right, low, inverse, TOP)
+    target = k_page + slot[:, None] * (2 * K_HALF * BITS // 8) + c[None, :]
+    if BITS == 4:
+        tl.store(target, (left_codes | (right_codes << 4)).to(tl.uint8), mask=live)
+    else:
+        tl.store(target, left_codes.to(tl.uint8), mask=live)
+        tl.store(target + K_HALF, right_codes.to(tl.uint8), mask=live)
+    tl.store(words + slot, word, mask=new)
+
+
+@triton.jit
+def put_values(
+    v_base,
+    v_stride_s,
+    token0,
+    token1,
+    new0,
+    new1,
+    v_page,
+    words,
+    j,
+    V_DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Quantize values into slots j and j + 32 of a page; at 4 bits these share their bytes."""
+    TOP: tl.constexpr = 15.0 if BITS == 4 else 255.0
+    V_BYTES: tl.constexpr = 8 * BITS
+    HALF: tl.constexpr = 32
+    d = tl.arange(0, BLOCK_V)
+    in_d = (d < V_DIM)[None, :]
+    v_rows = v_base + d[None, :]
+    live0 = new0[:, None] & in_d
+    live1 = new1[:, None] & in_d
+    x0 = tl.load(v_rows + token0[:, None] * v_stride_s, mask=live0, other=0.0).to(tl.float32)
+    x1 = tl.load(v_rows + token1[:, None] * v_stride_s, mask=live1, other=0.0).to(tl.float32)
+    min0, max0, broken0 = extent(x0, live0)
+    min1, max1, broken1 = extent(x1, live1)
+    low0, inverse0, word0 = grid_of(min0, max0, broken0, TOP)
+    low1, inverse1, word1 = grid_of(min1, max1, broken1, TOP)
+    codes0 = codes_of(x0, low0, inverse0, TOP)
+    codes1 = codes_of(x1, low1, inverse1, TOP)
+    target = v_page + d[None, :] * V_BYTES + j[:, None]
+    if BITS == 4:
+        # byte (d, j) holds tokens j and j + 32
+        old = tl.load(target, mask=live0 != live1, other=0).to(tl.int32)
+        low_nibble = tl.where(live0, codes0, old & 15)
+        high_nibble = tl.where(live1, codes1 << 4, old & 240)
+        tl.store(target, (low_nibble | high_nibble).to(tl.uint8), mask=live0 | live1)
+    else:
+        tl.store(target, codes0.to(tl.uint8), mask=live0)
+        tl.store(target + HALF, codes1.to(tl.uint8), mask=live1)
+    tl.store(words + 2 * HALF + j, word0, mask=new0)
+    tl.store(words + 3 * HALF + j, word1, mask=new1)
+
+
 @triton.jit(do_not_specialize=["seq", "pages", "table_stride", "start_stride"])
 def kv_append(
     k_pages_ptr,
@@ -101,31 +195,18 @@ def kv_append(
 ):
     """Append `seq` tokens; SINGLE: seq is 1, and one program covers its slot."""
     HALF: tl.constexpr = 32
-    TOP: tl.constexpr = 15.0 if BITS == 4 else 255.0
     K_HALF: tl.constexpr = K_DIM // 2
-    K_BYTES: tl.constexpr = K_DIM * BITS // 8
-    V_BYTES: tl.constexpr = 8 * BITS
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     start = tl.load(start_ptr + b * start_stride)
-    first_page = start // (2 * HALF)
-    if SINGLE:
-        block_page = first_page
-        j = (start % HALF).to(tl.int32) + tl.arange(0, BLOCK_J)
-    else:
-        block_page = first_page + tl.program_id(0) // (HALF // BLOCK_J)
-        j = (tl.program_id(0) % (HALF // BLOCK_J)) * BLOCK_J + tl.arange(0, BLOCK_J)
-    # a position outside the table is dropped, never written
-    inside = (start >= 0) & (block_page < pages)
+    block_page, inside, j, token0, token1, new0, new1 = slots_of(
+        start, tl.program_id(0), seq, pages, SINGLE, BLOCK_J
+    )
     page = tl.load(table_ptr + b * table_stride + block_page, mask=inside, other=0).to(tl.int64)
     page_head = page * KV_HEADS + h
-    k_page = k_pages_ptr + page_head * (2 * HALF * K_BYTES)
-    v_page = v_pages_ptr + page_head * (V_DIM * V_BYTES)
+    k_page = k_pages_ptr + page_head * (2 * HALF * (K_DIM * BITS // 8))
+    v_page = v_pages_ptr + page_head * (V_DIM * 8 * BITS)
     words = words_ptr + page_head * (4 * HALF)
-    token0 = block_page * (2 * HALF) + j - start  # index into the chunk, of slots j and j + 32
-    token1 = token0 + HALF
-    new0 = inside & (token0 >= 0) & (token0 < seq)  # [BLOCK_J]
-    new1 = inside & (token1 >= 0) & (token1 < seq)
 
     # keys: both halves of a vector, as the byte (t, c) holds channels c and c + K_DIM / 2
     c = tl.arange(0, BLOCK_K)
@@ -133,54 +214,16 @@ def kv_append(
     for half in tl.static_range(2):
         token = token0 if half == 0 else token1
         new = new0 if half == 0 else new1
-        slot = j + half * HALF
         live = new[:, None] & (c < K_HALF)[None, :]
         rows = k_base + token[:, None] * k_stride_s + c[None, :]
         left = tl.load(rows, mask=live, other=0.0).to(tl.float32)  # [BLOCK_J, BLOCK_K]
         right = tl.load(rows + K_HALF, mask=live, other=0.0).to(tl.float32)
-        left_low, left_high, left_broken = extent(left, live)
-        right_low, right_high, right_broken = extent(right, live)
-        low, inverse, word = grid_of(
-            tl.minimum(left_low, right_low),
-            tl.maximum(left_high, right_high),
-            left_broken | right_broken,
-            TOP,
-        )
-        left_codes = codes_of(left, low, inverse, TOP)
-        right_codes = codes_of(right, low, inverse, TOP)
-        target = k_page + slot[:, None] * K_BYTES + c[None, :]
-        if BITS == 4:
-            tl.store(target, (left_codes | (right_codes << 4)).to(tl.uint8), mask=live)
-        else:
-            tl.store(target, left_codes.to(tl.uint8), mask=live)
-            tl.store(target + K_HALF, right_codes.to(tl.uint8), mask=live)
-        tl.store(words + slot, word, mask=new)
+        put_keys(left, right, live, new, k_page, words, j + half * HALF, c, K_HALF, BITS)
 
-    # values: bits 4, byte (d, j) holds tokens j and j + 32
-    d = tl.arange(0, BLOCK_V)
-    in_d = (d < V_DIM)[None, :]
-    v_base = v_ptr + b * v_stride_b + h * v_stride_h + d[None, :]
-    live0 = new0[:, None] & in_d
-    live1 = new1[:, None] & in_d
-    x0 = tl.load(v_base + token0[:, None] * v_stride_s, mask=live0, other=0.0).to(tl.float32)
-    x1 = tl.load(v_base + token1[:, None] * v_stride_s, mask=live1, other=0.0).to(tl.float32)
-    min0, max0, broken0 = extent(x0, live0)
-    min1, max1, broken1 = extent(x1, live1)
-    low0, inverse0, word0 = grid_of(min0, max0, broken0, TOP)
-    low1, inverse1, word1 = grid_of(min1, max1, broken1, TOP)
-    codes0 = codes_of(x0, low0, inverse0, TOP)
-    codes1 = codes_of(x1, low1, inverse1, TOP)
-    target = v_page + d[None, :] * V_BYTES + j[:, None]
-    if BITS == 4:
-        old = tl.load(target, mask=live0 != live1, other=0).to(tl.int32)
-        low_nibble = tl.where(live0, codes0, old & 15)
-        high_nibble = tl.where(live1, codes1 << 4, old & 240)
-        tl.store(target, (low_nibble | high_nibble).to(tl.uint8), mask=live0 | live1)
-    else:
-        tl.store(target, codes0.to(tl.uint8), mask=live0)
-        tl.store(target + HALF, codes1.to(tl.uint8), mask=live1)
-    tl.store(words + 2 * HALF + j, word0, mask=new0)
-    tl.store(words + 3 * HALF + j, word1, mask=new1)
+    v_base = v_ptr + b * v_stride_b + h * v_stride_h
+    put_values(
+        v_base, v_stride_s, token0, token1, new0, new1, v_page, words, j, V_DIM, BITS, BLOCK_V
+    )  # fmt: skip
 
 
 def launch(

@@ -13,8 +13,8 @@ _REPORT = """
         took = f"{triton.testing.do_bench(run) * 1e3:.1f} us" if device == "cuda" else "interpreted"
 """
 
-APPEND_SELFCHECK = (
-    """
+# the definition of the append: codes and words of vectors, and where they go
+_APPENDED = """
 def grid(x, top):
     low = x.amin(-1).half()
     scale = ((x.amax(-1) - low.float()) / top).clamp(min=0).half()
@@ -23,6 +23,33 @@ def grid(x, top):
     bits = [y.view(torch.int16).int() for y in (scale, low)]
     return codes.to(torch.uint8), (bits[0] & 0xFFFF) | (bits[1] << 16)
 
+
+def append(k_pages, v_pages, words, table, start, k, v, bits):
+    (k_codes, k_words), (v_codes, v_words) = (grid(x.float(), 2**bits - 1) for x in (k, v))
+    half = k.shape[-1] // 2
+    for b in range(k.shape[0]):
+        for i in range(k.shape[2]):
+            page, slot = table[b, (start[b] + i) // 64], (start[b] + i) % 64
+            words[page, :, 0, slot] = k_words[b, :, i]
+            words[page, :, 1, slot] = v_words[b, :, i]
+            key, value = k_codes[b, :, i], v_codes[b, :, i]
+            if bits == 4:
+                k_pages[page, :, slot] = key[:, :half] | (key[:, half:] << 4)
+                v_pages[page, :, :, slot % 32] |= value << (4 * (slot // 32))
+            else:
+                k_pages[page, :, slot] = key
+                v_pages[page, :, :, slot] = value
+
+
+def empty(pages, heads, k_dim, v_dim, bits):
+    k_pages = torch.zeros(pages, heads, 64, k_dim * bits // 8, dtype=torch.uint8)
+    v_pages = torch.zeros(pages, heads, v_dim, 8 * bits, dtype=torch.uint8)
+    return k_pages, v_pages, torch.zeros(pages, heads, 2, 64, dtype=torch.int32)
+"""
+
+APPEND_SELFCHECK = (
+    _APPENDED
+    + """
 
 def main():"""
     + _DEVICE
@@ -34,25 +61,9 @@ def main():"""
         table = torch.randperm(3 * batch).view(batch, 3)
         start = torch.arange(batch) * 37 % 64
         k, v = (torch.randn(batch, heads, seq, dim).bfloat16() for dim in (k_dim, v_dim))
-        k_pages = torch.zeros(3 * batch, heads, 64, k_dim * bits // 8, dtype=torch.uint8)
-        v_pages = torch.zeros(3 * batch, heads, v_dim, 8 * bits, dtype=torch.uint8)
-        words = torch.zeros(3 * batch, heads, 2, 64, dtype=torch.int32)
-        want = [x.clone() for x in (k_pages, v_pages, words)]
-        (k_codes, k_words), (v_codes, v_words) = (grid(x.float(), 2**bits - 1) for x in (k, v))
-        for b in range(batch):
-            for i in range(seq):
-                page, slot = table[b, (start[b] + i) // 64], (start[b] + i) % 64
-                want[2][page, :, 0, slot] = k_words[b, :, i]
-                want[2][page, :, 1, slot] = v_words[b, :, i]
-                key, value = k_codes[b, :, i], v_codes[b, :, i]
-                if bits == 4:
-                    half = k_dim // 2
-                    want[0][page, :, slot] = key[:, :half] | (key[:, half:] << 4)
-                    want[1][page, :, :, slot % 32] |= value << (4 * (slot // 32))
-                else:
-                    want[0][page, :, slot] = key
-                    want[1][page, :, :, slot] = value
-        got = [x.to(device) for x in (k_pages, v_pages, words)]
+        want = empty(3 * batch, heads, k_dim, v_dim, bits)
+        got = [x.to(device, copy=True) for x in want]
+        append(*want, table, start, k, v, bits)
         table, start, k, v = (x.to(device) for x in (table.int(), start, k, v))
         arguments = (*got, table, 3, start, 1, k, *k.stride()[:3], v, *v.stride()[:3], seq, 3)
         blocks = 1 if TILE["SINGLE"] else -(-(seq + 63) // 64) * (32 // TILE["BLOCK_J"])
@@ -67,6 +78,76 @@ def main():"""
     + _REPORT
     + """
         print(f"batch={batch} seq={seq} heads={heads} bits={bits}: equal to torch, {took}")
+"""
+)
+
+ROTATE_APPEND_SELFCHECK = (
+    _APPENDED
+    + """
+
+def defined(x, weight, cos, sin):
+    if SPEC["normed"]:
+        unit = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+        if SPEC["round_first"]:
+            x = weight * unit.to(x.dtype)
+        else:
+            x = (unit * (weight.float() + SPEC["offset"])).to(x.dtype)
+    width = SPEC["rotated"]
+    if SPEC["form"] == "none":
+        return x
+    y = x[..., :width].float()
+    if SPEC["form"] == "half":
+        other = torch.cat((-y[..., width // 2 :], y[..., : width // 2]), -1)
+    else:
+        other = torch.stack((-y[..., 1::2], y[..., ::2]), -1).flatten(-2)
+    turned = (y * cos[:, None] + other * sin[:, None]).to(x.dtype)
+    return torch.cat((turned, x[..., width:]), -1)
+
+
+def main():"""
+    + _DEVICE
+    + """
+    heads, kv_heads = SPEC["heads"], SPEC["kv.kv_heads"]
+    bits, k_dim, v_dim = (SPEC[f"kv.{n}"] for n in ("bits", "k_dim", "v_dim"))
+    dtype, seq = getattr(torch, SPEC["dtype"]), 1 if TILE["SINGLE"] else 100
+    for batch in (2,) if device == "cpu" else (2, 64):
+        table = torch.randperm(3 * batch).view(batch, 3)
+        start = torch.arange(batch) * 37 % 64
+        q, k, v = (
+            torch.randn(batch, seq, n, dim).to(dtype).transpose(1, 2)
+            for n, dim in ((heads, k_dim), (kv_heads, k_dim), (kv_heads, v_dim))
+        )
+        weights = torch.rand(2, k_dim).to(dtype) + 0.5
+        turns = torch.rand(batch, seq, max(1, SPEC["rotated"])) * 6
+        cos, sin = turns.cos(), turns.sin()
+        wanted = [defined(x, w, cos, sin) for x, w in zip((q, k), weights)]
+        pages = empty(3 * batch, kv_heads, k_dim, v_dim, bits)
+        got = [x.to(device, copy=True) for x in pages]
+        outputs = [torch.empty(x.shape, dtype=dtype, device=device) for x in (q, k)]
+        moved = [x.to(device) for x in (q, k, v)]
+        angles = [(x.to(device), *x.stride()[:2]) for x in (cos, sin)]
+        arguments = (
+            *(y for x in moved for y in (x, *x.stride()[:3])),
+            *weights.to(device), *angles[0], *angles[1],
+            *got, table.int().to(device), 3, start.to(device), 1, *outputs, 1e-6, seq, 3,
+        )
+        blocks = 1 if TILE["SINGLE"] else -(-(seq + 63) // 64) * (32 // TILE["BLOCK_J"])
+
+        def run():
+            kv_rotate_append[(blocks * kv_heads, batch)](*arguments, **options)
+
+        run()
+        # a norm sums in another order, which may move what it gives by one step of the dtype
+        step = torch.finfo(dtype).eps * 2 if SPEC["normed"] else 0.0
+        for name, a, b in zip(("q", "k"), outputs, wanted):
+            torch.testing.assert_close(a.cpu(), b, rtol=step, atol=step * 4, msg=f"wrong {name}")
+        append(*pages, table, start, outputs[1].cpu(), v, bits)
+        for name, a, b in zip(("k_pages", "v_pages", "kv_words"), got, pages):
+            assert torch.equal(a.cpu(), b), f"batch={batch}: wrong {name}"
+"""
+    + _REPORT
+    + """
+        print(f"batch={batch} seq={seq} heads={heads} bits={bits}: as torch has it, {took}")
 """
 )
 
@@ -103,6 +184,7 @@ def main():"""
         )
         mask = torch.rand(batch, 1, seq, longest) < 0.7
         mask[..., 0] = True
+        sinks, softcap = torch.randn(heads), 2.0
         want = torch.empty(batch, heads, seq, v_dim, dtype=torch.float64)
         for b in range(batch):
             n, seen = int(length[b]), torch.ones(seq, int(length[b]), dtype=torch.bool)
@@ -118,8 +200,13 @@ def main():"""
             if SPEC["causal"]:
                 seen &= torch.arange(n) <= (n - seq + torch.arange(seq))[:, None]
             scores = q[b].double() @ exact[0].transpose(-1, -2) * scale
+            if SPEC["has_softcap"]:
+                scores = softcap * torch.tanh(scores / softcap)
             scores = scores.masked_fill(~seen, float("-inf"))
-            want[b] = scores.softmax(-1).nan_to_num(0) @ exact[1]
+            if SPEC["has_sinks"]:
+                column = sinks.double().view(-1, 1, 1).expand(-1, seq, 1)
+                scores = torch.cat((scores, column), -1)
+            want[b] = scores.softmax(-1).nan_to_num(0)[..., :n] @ exact[1]
         tensors = (q, k_bytes, v_bytes.contiguous(), words, table.int(), length)
         q, k_pages, v_pages, words, table, length = (x.to(device) for x in tensors)
         mask, k_chunk, v_chunk = (x.to(device) for x in (mask.byte(), k_chunk, v_chunk))
@@ -175,7 +262,8 @@ PREFILL_SELFCHECK = (
 
         def run():
             grid = (tiles, kv_heads, batch)
-            attention_prefill[grid](*arguments, out, scale, seq, pages, **options)
+            tail = (out, scale, seq, pages, softcap, sinks.to(device))
+            attention_prefill[grid](*arguments, *tail, **options)
 
         def finish():
             return out

@@ -95,3 +95,12 @@ def act_quant(gate: Tensor, up: Tensor | None, kind: str) -> tuple[Tensor, Tenso
     """
     act = ACTIVATIONS[kind](gate)
     return quantize_act(act if up is None else act * up)
+
+
+def linear_glu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(gate) * up [..., N / 2] of a linear whose first N / 2 channels are the gate.
+
+    weight [N, K], bias [N]. What the pass fuse_glu writes until the linear pass quantizes it.
+    """
+    gate, up = F.linear(x, weight, bias).chunk(2, -1)
+    return F.silu(gate) * up

@@ -223,6 +223,35 @@ def _allowed(
     return allowed
 
 
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    causal: bool,
+) -> torch.Tensor:
+    """Attention of q [B, Hq, S, Dk] over k [B, H, L, Dk] and v [B, H, L, Dv]: [B, Hq, S, Dv].
+
+    mask    bool, or numbers to add to the scores, [B or 1, Hq or 1, S, >= L]
+    causal  query i sees the keys up to i, as in SDPA: the first chunk in a cache of any length
+
+    softcap, sinks as in `_scored`; a query that sees nothing gives 0.
+    """
+    length, seq = k.shape[2], q.shape[2]
+    allowed = None if mask is None else mask[..., :length]
+    if causal:
+        query = torch.arange(seq, device=q.device)
+        past = torch.arange(length, device=q.device) <= query[:, None]
+        if allowed is not None and allowed.dtype is not torch.bool:
+            allowed = allowed.masked_fill(~past, -torch.inf)
+        else:
+            allowed = past if allowed is None else allowed & past
+    return _scored(q, k.float(), v.float(), allowed, scale, softcap, sinks)
+
+
 def _scored(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -234,6 +263,7 @@ def _scored(
 ) -> torch.Tensor:
     """Attention with what SDPA does not have, in fp32: [B, Hq, S, Dv] in q's dtype.
 
+    allowed  bool, or numbers to add to the scores
     softcap  scores become softcap * tanh(score / softcap) (Gemma 2); 0 leaves them
     sinks    [Hq], a score per head that takes weight and gives no value (gpt-oss); None: no such
     """
@@ -242,8 +272,10 @@ def _scored(
     scores = q.float() @ k.transpose(-1, -2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if allowed is not None:
+    if allowed is not None and allowed.dtype is torch.bool:
         scores = scores.masked_fill(~allowed, -torch.inf)
+    elif allowed is not None:
+        scores = scores + allowed
     if sinks is not None:
         column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, column), dim=-1)

@@ -56,6 +56,11 @@ SCHEMAS = {
     "kv4_attention": (
         "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor kv_words, Tensor block_table, "
         "Tensor length, Tensor? mask, Tensor? k_chunk, Tensor? v_chunk, float scale, int bits, "
+        "bool causal, float softcap=0.0, Tensor? sinks=None) -> Tensor"
+    ),
+    # q [B, Hq, S, Dk], k [B, H, L, Dk], v [B, H, L, Dv] -> [B, Hq, S, Dv]: what SDPA does not have
+    "attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float scale, float softcap, "
         "bool causal) -> Tensor"
     ),
     # q [B, Hq, S, Dk], k, v as a projection gives them: head norm and rotation (ir/rotary.py) of
@@ -90,6 +95,7 @@ int8_matmul = torch.ops.qoqc.int8_matmul.default
 kv4_append = torch.ops.qoqc.kv4_append.default
 kv4_dequant = torch.ops.qoqc.kv4_dequant.default
 kv4_attention = torch.ops.qoqc.kv4_attention.default
+attention = torch.ops.qoqc.attention.default
 kv4_rotate_append = torch.ops.qoqc.kv4_rotate_append.default
 kv4_decode = torch.ops.qoqc.kv4_decode.default
 kv4_round = torch.ops.qoqc.kv4_round.default
@@ -296,6 +302,16 @@ def _kv4_attention_impl(*args: Any) -> Tensor:
 @_fake("kv4_attention")
 def _kv4_attention_fake(q: Tensor, k_pages: Tensor, v_pages: Tensor, *args: Any) -> Tensor:
     return q.new_empty((*q.shape[:-1], v_pages.shape[2]))
+
+
+@torch.library.impl("qoqc::attention", "default")
+def _attention_impl(*args: Any) -> Tensor:
+    return kv_reference.attention(*args)
+
+
+@_fake("attention")
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
 @torch.library.impl("qoqc::kv4_rotate_append", "default")

@@ -60,6 +60,8 @@ class AttentionSpec:
     has_mask: bool = False
     has_chunk: bool = False
     causal: bool = False
+    has_softcap: bool = False
+    has_sinks: bool = False
 
 
 def to_json(spec: Any) -> dict[str, Any]:

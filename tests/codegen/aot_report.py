@@ -24,6 +24,8 @@ from qoqc.codegen.build import FAMILIES
 from qoqc.codegen.kernels.act_quantize import ActSpec
 from qoqc.codegen.kernels.norm_call import NormSpec
 from qoqc.codegen.kernels.quantize import QuantizeSpec
+from qoqc.codegen.kernels.rotate_append_call import RotateSpec
+from qoqc.codegen.kernels.step_call import StepSpec
 from qoqc.ir.glue import ActKind
 from qoqc.ir.spec import AttentionSpec, KVSpec, LinearSpec, to_json
 from qoqc.runtime.device import DeviceKey
@@ -59,6 +61,44 @@ def cases(arch: int) -> Iterator[tuple[str, Any, int]]:
         yield "quantize", QuantizeSpec(features, torch.bfloat16), 1024
     yield from glue_cases(hopper)
     yield from attention_cases(hopper)
+    yield from rotate_append_cases(hopper)
+    yield from step_cases(hopper)
+
+
+def step_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
+    """A decode step of Llama-3-8B; on sm_90 other heads, masks, norms and 8 bits."""
+    kv, bf16 = KVSpec(8, 128, 128), torch.bfloat16
+    llama = StepSpec(32, kv, bf16, rotated=128)
+    qwen = StepSpec(32, kv, bf16, rotated=128, normed=True, has_mask=True)
+    yield "step_append", qwen, 4
+    yield "step_attend", llama, 4
+    yield "step_attend", qwen, 4
+    yield "step_combine", llama, 1
+    if hopper:
+        cohere = StepSpec(8, KVSpec(8, 64, 64), torch.float16, "interleaved", 64)
+        gemma = StepSpec(8, KVSpec(4, 256, 256), bf16, rotated=256, has_softcap=True)
+        oss = StepSpec(64, KVSpec(8, 64, 64), bf16, rotated=64, has_mask=True, has_sinks=True)
+        eight = StepSpec(32, KVSpec(8, 128, 128, 8), bf16, rotated=128, has_mask=True)
+        for spec in (cohere, gemma, oss, eight):
+            yield "step_append", spec, 4
+            yield "step_attend", spec, 4
+
+
+def rotate_append_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
+    """Rotation with the append; on sm_90 every form, wide heads and fp32 too."""
+    bf16 = torch.bfloat16
+    for tokens in (1, 512):
+        yield "kv_rotate_append", RotateSpec(32, KVSpec(8, 128, 128), bf16, "half", 128), tokens
+    yield "kv_rotate_append", RotateSpec(32, KVSpec(8, 128, 128), bf16, "half", 128, True), 512
+    if hopper:
+        for spec in (
+            RotateSpec(64, KVSpec(1, 64, 64), bf16, "interleaved", 64),
+            RotateSpec(32, KVSpec(32, 80, 80), bf16, "half", 20),
+            RotateSpec(16, KVSpec(8, 256, 256), bf16, "half", 256, True, 1.0, False),
+            RotateSpec(16, KVSpec(16, 192, 128), torch.float16, "none", 0),
+            RotateSpec(32, KVSpec(8, 128, 128, 8), torch.float32, "interleaved", 128, True),
+        ):
+            yield "kv_rotate_append", spec, 512
 
 
 def glue_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
@@ -133,6 +173,11 @@ def attention_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
             spec = AttentionSpec(heads, kv, torch.float16, has_mask=True, has_chunk=True)
             yield "attention_decode", spec, 1
             yield "attention_prefill", spec, 1024
+        flags = {"has_chunk": True, "causal": True, "has_softcap": True, "has_sinks": True}
+        masked = AttentionSpec(64, KVSpec(8, 64, 64), torch.bfloat16, has_mask=True, **flags)
+        yield "attention_prefill", masked, 1024
+        # 256 channels with a soft cap (Gemma 2) hold 8 to 16 bytes in local memory: less harm
+        # than half the rows would do
         kv = KVSpec(8, 256, 256)
         yield "attention_decode", AttentionSpec(16, kv, torch.bfloat16, has_mask=True), 1
 
@@ -147,6 +192,36 @@ def usage(cubin: bytes) -> dict[str, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
     assert found is not None, text
     return dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+
+
+def goes_back(address: int, instruction: str) -> int | None:
+    """Where a backward branch of SASS leads to; None for other instructions."""
+    jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)
+    target = None if jump is None else int(jump.group(1), 16)
+    return target if target is not None and target < address else None
+
+
+def spills_in_loops(cubin: bytes) -> int:
+    """Accesses to local memory within the loops that multiply matrices."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.check_output([tool, "-sass", str(path)], text=True)
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)
+    code = [(int(address, 16), instruction) for address, instruction in found]
+    spills = set()
+    for end, instruction in code:
+        start = goes_back(end, instruction)
+        if start is None:
+            continue
+        inside = [(a, text) for a, text in code if start <= a <= end]
+        # of nested loops the innermost: those around it run rarely
+        if any(goes_back(*line) is not None for line in inside[:-1]):
+            continue
+        if any("MMA" in text for _, text in inside):
+            spills |= {a for a, text in inside if re.match(r"(@!?U?P\d+ )?(LDL|STL)", text)}
+    return len(spills)
 
 
 def facts_of(case: tuple[DeviceKey, tuple[str, Any, int]]) -> str:
@@ -175,6 +250,7 @@ def facts_of(case: tuple[DeviceKey, tuple[str, Any, int]]) -> str:
         "global_loads": sorted(set(re.findall(r"ld\.global\.(\S+)", ptx))),
         "async_copies": ptx.count("cp.async.c"),
         "async_shapes": async_copies(compiled.asm["ttgir"]),
+        "spills_in_loops": spills_in_loops(compiled.asm["cubin"]),
         **usage(compiled.asm["cubin"]),
     }
     return json.dumps(facts)

@@ -44,9 +44,19 @@ def test_every_family_is_compiled_for_every_architecture(facts: list[Facts]) -> 
         assert found == (wanted if arch == 90 else wanted - only_hopper)
 
 
+COLD_STACK = {"step_attend"}
+"""Families whose registers are limited to let more blocks in: at the price of values kept in local
+memory before their loops, never within."""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_spills(family: str, facts: list[Facts]) -> None:
-    assert offenders([f for f in facts if f["family"] == family], "stack", "local") == []
+    seen = [f for f in facts if f["family"] == family]
+    if family in COLD_STACK:
+        assert offenders(seen, "spills_in_loops") == []
+        assert all(f["stack"] <= 96 for f in seen), offenders(seen, "stack")
+    else:
+        assert offenders(seen, "stack", "local") == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,7 +70,11 @@ def test_shared_memory_fits_and_is_not_underestimated(family: str, facts: list[F
 def test_exact_families_hold_no_fma_and_no_flush_to_zero(facts: list[Facts]) -> None:
     # erf is a library function with both inside: its result is held to an error, not to bits
     exact = [
-        f for f in facts if not FAMILIES[f["family"]].fp_fusion and f["spec"].get("kind") != "gelu"
+        f
+        for f in facts
+        if not FAMILIES[f["family"]].fp_fusion
+        and not FAMILIES[f["family"]].tolerance
+        and f["spec"].get("kind") != "gelu"
     ]
     assert exact
     assert offenders(exact, "fma", "flush") == []

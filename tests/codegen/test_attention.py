@@ -83,7 +83,8 @@ def make_call(
 
 
 def fields(call: Call) -> tuple[Any, ...]:
-    return tuple(vars(call).values())
+    """The arguments of the op before bits and causal; softcap and sinks stand behind them."""
+    return tuple(vars(call).values())[:-2]
 
 
 def moved_to(device: torch.device, call: Call) -> list[Any]:
@@ -91,7 +92,8 @@ def moved_to(device: torch.device, call: Call) -> list[Any]:
 
 
 def attend(call: Call, device: torch.device, bits: Bits = 4, causal: bool = False) -> torch.Tensor:
-    out = attention(*moved_to(device, call), bits, causal)
+    sinks = None if call.sinks is None else call.sinks.to(device)
+    out = attention(*moved_to(device, call), bits, causal, call.softcap, sinks)
     assert out.is_contiguous()
     assert out.dtype == call.q.dtype
     return out.cpu()
@@ -114,7 +116,13 @@ def exact(call: Call, bits: Bits, causal: bool) -> torch.Tensor:
         if call.mask is not None:
             seen = seen & call.mask.expand(len(out), -1, -1, -1)[b, ..., :length]
         scores = (call.q[b].double() @ k.transpose(-1, -2)) * call.scale
-        out[b] = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0) @ v
+        if call.softcap:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if call.sinks is not None:
+            column = call.sinks.double().view(-1, 1, 1).expand(-1, seq, 1)
+            scores = torch.cat((scores, column), -1)
+        out[b] = scores.softmax(-1).nan_to_num(0)[..., :length] @ v
     return out
 
 
@@ -126,7 +134,7 @@ def check(
     assert not got.isnan().any()
     error = ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
     assert error <= LIMIT[call.q.dtype], f"relative error {error:.2e}"
-    defined = twin(*fields(call), bits, causal)
+    defined = twin(*fields(call), bits, causal, call.softcap, call.sinks)
     bound = 8 * LIMIT[call.q.dtype] * want.abs().max().item()
     torch.testing.assert_close(got.float(), defined.float(), rtol=0, atol=bound)
 
@@ -254,6 +262,24 @@ def test_dtypes(dtype: torch.dtype, chunk: bool, seq: int, device: torch.device)
     check(make_call((70,), seq=seq, dtype=dtype, chunk=chunk), device, causal=chunk)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(("seq", "chunk"), [(1, False), (33, True)])
+def test_softcap_and_sinks(
+    softcap: float, with_sinks: bool, seq: int, chunk: bool, device: torch.device
+) -> None:
+    """Also of few queries, which go to the kernel for many then; and of rows that see nothing."""
+    plain = make_call((65, 128), seq=seq, chunk=chunk, mask=(2, 1))
+    assert plain.mask is not None
+    plain.mask[0, :, -1] = False
+    sinks = torch.tensor([-3.0, 0.0, 1.0, 20.0]) if with_sinks else None
+    call = Call(**{**vars(plain), "softcap": softcap, "sinks": sinks})
+    check(call, device, causal=seq > 1)
+    if softcap or with_sinks:
+        apart = (exact(call, 4, seq > 1) - exact(plain, 4, seq > 1)).norm()
+        assert apart > 0.05 * exact(plain, 4, seq > 1).norm()
+
+
 @pytest.mark.parametrize("shape", ["batch", "queries"])
 def test_nothing_to_attend(shape: str, device: torch.device) -> None:
     call = make_call((20,), seq=2)
@@ -309,10 +335,12 @@ def test_refused() -> None:
         "a chunk is": {"k_chunk": call.q, "v_chunk": call.q},
         "not a KV cache": {"kv_words": call.kv_words[:, :1]},
         "q must be": {"q": call.q.double()},
+        "sinks is": {"sinks": torch.zeros(3)},
     }
     for message, change in wrong.items():
+        changed = Call(**{**vars(call), **change})
         with pytest.raises(ValueError, match=message):
-            attention(*fields(Call(**{**vars(call), **change})), 4, False)
+            attention(*fields(changed), 4, False, 0.0, changed.sinks)
 
 
 @pytest.mark.gpu
@@ -358,6 +386,17 @@ def test_large(
     got, want = attend(call, device, bits, causal=True), exact(call, bits, causal=True)
     error = ((got.double() - want).norm() / want.norm()).item()
     assert error <= LIMIT[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dims", [(64, 64), (256, 256)])
+def test_large_softcap_and_sinks(dims: tuple[int, int], device: torch.device) -> None:
+    for seq in (1, 700):
+        call = make_call((1500, 900), dims=dims, group=4, seq=seq, pages=24, dtype=torch.bfloat16)
+        sinks = torch.linspace(-2, 6, 8).bfloat16()
+        call = Call(**{**vars(call), "softcap": 20.0, "sinks": sinks})
+        got, want = attend(call, device, causal=True), exact(call, 4, causal=True)
+        assert ((got.double() - want).norm() / want.norm()).item() <= LIMIT[torch.bfloat16]
 
 
 @pytest.mark.gpu

@@ -285,7 +285,9 @@ def test_a_graph_runs_on_the_kernels(family: str, device: torch.device) -> None:
             if node.target is getattr(ops, name):
                 node.target = _on(device, getattr(dispatch, name))
                 swapped += 1
-    assert swapped == 6
+    # silu(gate) * up is a GEMM's affair where that can end in it
+    fused = sum(node.target is ops.w4a8_glu for node in gm.graph.nodes)
+    assert swapped + fused == 6
     assert sqnr(defined, run_graph(gm, ctx)[0]) > 35  # 16-bit rounding alone is some 45 dB
 
 

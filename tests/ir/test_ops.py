@@ -160,13 +160,23 @@ CASES: dict[str, Callable[[], Case]] = {
     "kv4_dequant 4 bit": lambda: (ops.kv4_dequant, dequant_args(4, BF16, chunk=False)),
     "kv4_dequant 8 bit chunk": lambda: (ops.kv4_dequant, dequant_args(8, FP16, chunk=True)),
     "kv4_attention decode": lambda: (
-        ops.kv4_attention, attention_args(4, BF16, 1, False, False, False)
+        ops.kv4_attention, (*attention_args(4, BF16, 1, False, False, False), 0.0, None)
     ),
     "kv4_attention mask": lambda: (
-        ops.kv4_attention, attention_args(4, FP32, 3, True, False, False)
+        ops.kv4_attention, (*attention_args(4, FP32, 3, True, False, False), 0.0, None)
     ),
     "kv4_attention chunk causal": lambda: (
-        ops.kv4_attention, attention_args(8, BF16, 5, False, True, True)
+        ops.kv4_attention,
+        (*attention_args(8, BF16, 5, False, True, True), 20.0, randn(4, seed=9)),
+    ),
+    "attention causal": lambda: (
+        ops.attention,
+        (randn(2, 4, 3, 8), *randn(2, 2, 2, 3, 8, seed=1), None, None, 0.3, 20.0, True),
+    ),
+    "attention mask sinks": lambda: (
+        ops.attention,
+        (randn(2, 4, 3, 8).to(BF16), *randn(2, 2, 2, 5, 8, seed=1).to(BF16),
+         randn(2, 1, 3, 5, seed=2) > 0, randn(4, seed=3).to(BF16), 0.3, 0.0, False),
     ),
     "kv4_rotate_append half": lambda: (
         ops.kv4_rotate_append,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qoqc.ir import ops
+from qoqc.ir import kv_reference, ops
 from qoqc.ir.spec import KVSpec
 from qoqc.passes.attention import attention
 from qoqc.passes.cleanup import cleanup
@@ -219,3 +219,74 @@ def test_16bit_cache_is_named(kv_bits: int) -> None:
     assert str(refusal).startswith("attention 0: reads a 16-bit cache")
     assert "generate through qoqc.compile or a KV4Cache" in refusal.reason
     assert refusal.kept == (kv_bits == 16)
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What SDPA does not have: qoqc's attention of transformers calls it so."""
+    sinks = torch.linspace(-1, 1, HEADS)
+    allowed = mask(q.shape[2])[None, None] if k.shape[2] == 64 else None
+    found: Tensor = ops.attention(q, k, v, allowed, sinks, 0.3, 2.0, allowed is None)
+    return found
+
+
+@pytest.mark.parametrize("seq", [1, 7])
+def test_softcap_and_sinks_over_a_cache(seq: int) -> None:
+    ctx, after = rewritten(capped, seq)
+    assert ctx.counts["attention"] == after["kv4_attention"] == 1
+    assert ctx.refusals == []
+    assert after["attention"] == after["kv4_dequant"] == 0
+
+
+@pytest.mark.parametrize("prefill_kv", ["exact", "quantized"])
+def test_softcap_and_sinks_of_a_first_chunk(prefill_kv: Any) -> None:
+    """Over the pages, which hold the chunk alone."""
+
+    def prefill(layer: KV4Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return capped(q, *layer.update(k, v))
+
+    def fresh() -> KV4Layer:
+        layer = KV4Layer(64, 4, prefill_kv)
+        layer.allocate(2, KVSpec(KV_HEADS, DIM, DIM), torch.device("cpu"))
+        return layer
+
+    q = torch.randn(2, HEADS, 6, DIM, generator=torch.Generator().manual_seed(3))
+    expected = prefill(fresh(), q, *new(6, 2))
+    layer = fresh()
+    gm, inputs = capture(prefill, layer, q, *new(6, 2))
+    layer.length.zero_()
+    ctx = context(gm, inputs, prefill_kv=prefill_kv)
+    normalize(gm, ctx)
+    assert attention(gm, ctx) == 1
+    cleanup(gm, ctx)
+    (over,) = [node for node in gm.graph.nodes if node.target is ops.kv4_attention]
+    assert (over.args[7] is None) == (prefill_kv == "quantized")
+    torch.testing.assert_close(run_graph(gm, ctx)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_softcap_and_sinks_without_a_cache_are_plain_torch() -> None:
+    args = [torch.randn(1, heads, 6, 32) for heads in (HEADS, 2, 2)]
+    for prefill_kv, rounds in (("exact", 0), ("quantized", 2)):
+        gm, inputs = capture(lambda q, k, v: capped(q, k * 1, v * 1), *args)
+        ctx = context(gm, inputs, prefill_kv=prefill_kv)
+        normalize(gm, ctx)
+        assert attention(gm, ctx) == rounds // 2
+        assert targets(gm)["kv4_round"] == rounds
+        (left,) = [node for node in gm.graph.nodes if "attention" in str(node.target)]
+        assert left.target is kv_reference.attention
+        q, k, v = args
+        if rounds:
+            k, v = ops.kv4_round(k, 4), ops.kv4_round(v, 4)
+        torch.testing.assert_close(run_graph(gm, ctx)[0], capped(q, k, v))
+
+
+def additive_capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.zeros(1, 1, 1, 64).masked_fill(~mask(1), -1e9)
+    found: Tensor = ops.attention(q, k, v, bias, None, 0.3, 2.0, False)
+    return found
+
+
+def test_additive_mask_of_a_soft_cap_is_refused() -> None:
+    ctx, after = rewritten(additive_capped)
+    assert ctx.counts["attention"] == 0
+    assert "additive mask: runs as dequantize + SDPA" in [r.reason for r in ctx.refusals]
+    assert after["kv4_dequant"] == after["attention"] == 1

@@ -1,0 +1,177 @@
+"""Attention over a KV4 cache next to torch's bf16 attentions, in one run.
+
+    python benchmarks/attention.py --out DIR                (writes attention.csv and .png)
+    python benchmarks/attention.py --out DIR --kinds decode --rivals cudnn
+    python benchmarks/attention.py --out DIR --quick --device cpu          (tries it out)
+
+What it prints comes from attention_report.py, the plot from attention_plot.py: both read the CSV.
+
+decode   one new token for each sequence. Ours rotates q and k, quantizes and appends k and v, and
+         attends: one call of kv4_decode
+ragged   the same for lengths of 1 to the longest, and for equal ones of the same sum
+prefill  causal, without history. Ours rotates, quantizes and appends, then runs SDPA on cuDNN
+chunked  new tokens behind a history. Ours rotates and appends, then reads the history in 4 bit
+Rivals only attend: they are given rotated queries and a cache that holds the new tokens. In a chunk
+they see all tokens, which costs them 3 % more than causal would; of ragged lengths, the longest.
+
+us       median of CUDA-graph replays; each call of a graph takes another cache, as many as make
+         200 MB, so that they come from memory as they do in a model
+tbs      terabytes per second of what a decode step of ours has to read: codes, words, q, k and v
+ceiling  the part of what this GPU reads at most (codegen/roofline.py)
+ratio    the rival's time by ours: above 1 we are faster
+Ours is compared with the definition at every point: the first sequences, or the first chunk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import importlib.util
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import triton
+from attention_calls import (
+    EQUAL,
+    OURS,
+    WRONG,
+    Point,
+    Row,
+    decode_row,
+    fits,
+    prefill_row,
+    ragged_lengths,
+)
+from attention_rivals import RIVALS, rival_row
+
+from qoqc.codegen import dispatch
+from qoqc.codegen.roofline import limits_of
+from qoqc.runtime.device import device_key
+
+DECODE = [
+    Point("decode", batch, 1, context)
+    for context in (1024, 4096, 16384, 65536)
+    for batch in (1, 16, 64, 256)
+]
+LONG = [Point("decode", 1, 1, 131072)]
+PREFILL = [
+    Point("prefill", *shape) for shape in ((1, 8192, 8192), (8, 1024, 1024), (1, 32768, 32768))
+]
+POINTS = [*DECODE, *LONG, Point("ragged", 128, 1, 8192), *PREFILL, Point("chunked", 1, 1024, 17408)]
+KINDS = list(dict.fromkeys(point.kind for point in POINTS))
+QUICK = [
+    Point("decode", 2, 1, 130), Point("ragged", 3, 1, 130), Point("prefill", 1, 70, 70),
+    Point("chunked", 1, 20, 100),
+]  # fmt: skip
+
+
+def our_rows(point: Point, device: torch.device) -> Iterator[Row]:
+    """Ours at a point; lengths of one sum beside ragged ones."""
+    if point.kind not in ("decode", "ragged"):
+        yield prefill_row(point, device)
+        return
+    if not fits(point, 2 * point.cached_bytes, device):
+        yield {"what": OURS, "us": math.nan, "note": "no room for two caches"}
+        return
+    if point.kind == "decode":
+        yield decode_row(point, device, torch.full((point.batch,), point.context, device=device))
+        return
+    lengths = ragged_lengths(point, device)
+    yield decode_row(point, device, lengths)
+    same = torch.full_like(lengths, int(lengths.sum()) // point.batch)
+    yield decode_row(point, device, same, EQUAL)
+
+
+def measured(points: Sequence[Point], rivals: Sequence[str], device: torch.device) -> Iterator[Row]:
+    """All rows of all points, with what follows from their times."""
+    ceiling = limits_of(device_key(device)).read
+    for point in points:
+        own = list(our_rows(point, device))
+        others = [rival_row(name, point, device) for name in rivals]
+        ours_us = own[0]["us"]
+        for row in (*own, *others):
+            row.update(dataclasses.asdict(point))
+            if row["what"] in (OURS, EQUAL) and point.new == 1:
+                read = point.read_bytes
+                if point.kind == "ragged":
+                    total = int(ragged_lengths(point, device).sum())
+                    read = read * total // (point.context * point.batch)
+                row["tbs"] = read / row["us"] / 1e6
+                row["ceiling"] = row["tbs"] * 1e12 / ceiling
+            row["ratio"] = row["us"] / ours_us
+            yield row
+            print(".", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+
+def provenance(device: torch.device) -> Row:
+    """What a figure means nothing without."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parent,
+        ).stdout.strip()
+    except FileNotFoundError:  # no git
+        commit = ""
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit or "unknown",
+    }
+
+
+def save(rows: Sequence[Row], folder: Path) -> Path:
+    """Write attention.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("kind", "batch", "new", "context", "what", "us", "tbs", "ceiling", "ratio", "note")
+    path = folder / "attention.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, (*names, "device", "torch", "triton", "commit"))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({n: f"{v:.6g}" if isinstance(v, float) else v for n, v in row.items()})
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, and write the CSV and the plot."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--rivals", nargs="*", choices=list(RIVALS), default=list(RIVALS))
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        dispatch.install()
+    torch.manual_seed(0)
+    points = [point for point in (QUICK if args.quick else POINTS) if point.kind in args.kinds]
+    facts = provenance(device)
+    with torch.no_grad():
+        rows = [{**row, **facts} for row in measured(points, args.rivals, device)]
+    path = save(rows, args.out)
+    beside = [
+        [str(Path(__file__).with_name(f"attention_{n}.py")), str(path)] for n in ("report", "plot")
+    ]
+    subprocess.run([sys.executable, *beside[0]], check=True)
+    if wrong := [row for row in rows if row["note"].startswith(WRONG)]:
+        raise SystemExit(f"{len(wrong)} results are wrong: {wrong}")
+    if importlib.util.find_spec("matplotlib"):
+        subprocess.run([sys.executable, *beside[1]], check=True)
+    else:
+        print(f"no plot without matplotlib: pip install 'qoqc[bench]', then {' '.join(beside[1])}")
+
+
+if __name__ == "__main__":
+    main()

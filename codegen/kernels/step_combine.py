@@ -1,0 +1,135 @@
+"""Add up the parts of a decode step (step_attend.py) in a launch of its own; count its tokens.
+
+part fp32 [workers, 2, group, Dv], stat fp32 [workers, 2, group, 2] (peak in log2, total) -> out [B,
+Hq, Dv]; of the two, the first is where a worker's run begins, the second where it ends. For few
+sequences of many parts: there one block per sequence and head would add up for longer than a launch
+takes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from qoqc.codegen.kernels.pieces import round_to_bf16
+from qoqc.codegen.kernels.step_schedule import (
+    all_pages,
+    count_tokens,
+    owner_of,
+    pages_of,
+    run_start,
+    start_of,
+    workers_for,
+)
+
+
+@triton.jit
+def quotient(sums, total, fits, ROUND_BF16: tl.constexpr):
+    """sums / total: 0 where nothing was seen, NaN in a sequence without room for its token."""
+    empty = total == 0
+    out = tl.where(empty, 0.0, sums / tl.where(empty, 1.0, total))
+    out = tl.where(fits, out, float("nan"))
+    if ROUND_BF16:
+        out = round_to_bf16(out)
+    return out
+
+
+@triton.jit
+def part_of(worker, at_end):
+    """Where a worker puts a part."""
+    return 2 * worker + at_end.to(tl.int32)
+
+
+@triton.jit
+def combine_parts(
+    part_ptr, stat_ptr, out, first_worker, inside_run, parts, first_row, first_d, fits,
+    GROUP: tl.constexpr,
+    V_DIM: tl.constexpr,
+    KIND: tl.constexpr,
+    ROUND_BF16: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """ROWS query heads by COLUMNS channels of the parts of workers from first_worker on.
+
+    inside_run  the first of them has other pages before it. Loads go past L1, which does not see
+    what other SMs have written.
+    """
+    d = first_d + tl.arange(0, COLUMNS)
+    row = first_row + tl.arange(0, ROWS)
+    in_row = row < GROUP
+    in_out = in_row[:, None] & (d < V_DIM)[None, :]
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, parts, AT_ONCE):
+        i = first + tl.arange(0, AT_ONCE)
+        part = part_of(first_worker + i, (i == 0) & inside_run).to(tl.int64) * GROUP
+        vector = part[:, None] + row[None, :]  # [AT_ONCE, ROWS]
+        there = (i < parts)[:, None] & in_row[None, :]
+        peaks = tl.load(stat_ptr + vector * 2, there, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(stat_ptr + vector * 2 + 1, there, other=0.0, cache_modifier=".cg")
+        inside = (i < parts)[:, None, None] & in_out[None, :, :]
+        place = part_ptr + vector[:, :, None] * V_DIM + d[None, None, :]
+        sums = tl.load(place, inside, other=0.0, cache_modifier=".cg")
+        new = tl.maximum(peak, tl.max(peaks, 0))
+        # rows that have seen nothing have no peak to subtract: -inf - -inf would be NaN
+        base = tl.where(new == float("-inf"), 0.0, new)
+        shrink = tl.exp2(peak - base)
+        weights = tl.exp2(peaks - base[None, :])
+        total = total * shrink + tl.sum(weights * totals, 0)
+        acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * sums, 0)
+        peak = new
+    result = quotient(acc, total[:, None], fits, ROUND_BF16)
+    tl.store(out + row[:, None] * V_DIM + d[None, :], result.to(KIND), mask=in_out)
+
+
+@triton.jit(do_not_specialize=["length_stride", "batch", "pages", "grid"])
+def step_combine(
+    part_ptr,
+    stat_ptr,
+    out_ptr,
+    length_ptr,
+    length_stride,
+    counter_ptr,
+    batch,
+    pages,
+    grid,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    V_DIM: tl.constexpr,
+    KIND: tl.constexpr,
+    ROUND_BF16: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    SHORT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Query head `program_id(0)` of all, channels from `program_id(1)` * COLUMNS on."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    if DEPENDENT:
+        gdc_wait()
+    sequence = tl.program_id(0) // HEADS
+    head = tl.program_id(0) % HEADS
+    capacity = pages * 64
+    total_pages, each = all_pages(length_ptr, length_stride, batch, capacity, KV_HEADS)
+    workers = workers_for(total_pages, each, grid, SHORT)
+    used = pages_of(length_ptr, length_stride, sequence, batch, capacity)
+    begin = start_of(sequence, length_ptr, length_stride, batch, capacity, KV_HEADS)
+    begin += head // GROUP * used
+    first_worker = owner_of(begin, total_pages, workers)
+    parts = owner_of(begin + used - 1, total_pages, workers) - first_worker + 1
+    if parts > 1:  # else the worker has written the output
+        inside_run = run_start(first_worker, total_pages, workers) != begin
+        out = out_ptr + (sequence.to(tl.int64) * HEADS + head // GROUP * GROUP) * V_DIM
+        length = tl.load(length_ptr + sequence.to(tl.int64) * length_stride)
+        combine_parts(
+            part_ptr, stat_ptr, out, first_worker, inside_run, parts, head % GROUP,
+            tl.program_id(1) * COLUMNS, (length >= 0) & (length < capacity),
+            GROUP, V_DIM, KIND, ROUND_BF16, 1, COLUMNS, AT_ONCE,
+        )  # fmt: skip
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    count_tokens(counter_ptr, length_ptr, length_stride, batch, program, programs)

@@ -1,0 +1,143 @@
+"""How a decode step divides the pages of all sequences and KV heads among its blocks, evenly.
+
+The pages stand in one row: sequence by sequence, in each head by head. Every block ("worker") takes
+an equal run of that row, whatever lengths sequences have, so that all end together. The piece of a
+run that lies in one (sequence, head) is a part; a worker has parts of its own only at both ends of
+its run, between them are whole sequences and heads. Only the device knows the lengths, so each
+worker reads them all.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qoqc.ir.spec import PAGE
+from qoqc.quant.pack import ceil_div
+
+TOKENS = tl.constexpr(PAGE)
+SCAN = tl.constexpr(128)
+"""Sequences whose lengths are read at a time."""
+
+PAUSE = tl.constexpr(4)
+"""Pages in whose time a worker goes over to another (sequence, head), about."""
+
+LEAVES = tl.constexpr(32)
+"""Counters below the one that tells the last of many programs: an atomic takes its turn."""
+
+SHORTEST = 2
+"""Pages of a worker at least: less does not pay for its start."""
+
+
+@triton.jit
+def pages_of(length_ptr, length_stride, b, batch, capacity):
+    """Pages of the sequences `b`, which have one token more than their length says.
+
+    A length that leaves no room for it counts as 0: nothing of it is read.
+    """
+    length = tl.load(length_ptr + b.to(tl.int64) * length_stride, mask=b < batch, other=0)
+    length = tl.where((length < 0) | (length >= capacity), 0, length).to(tl.int32)
+    return tl.where(b < batch, length // TOKENS + 1, 0)
+
+
+@triton.jit
+def all_pages(length_ptr, length_stride, batch, capacity, KV_HEADS: tl.constexpr):
+    """How many pages the row has, and how many each (sequence, head): 0 if they differ."""
+    total = tl.full((), 0, tl.int32)
+    least = tl.full((), 0x7FFFFFFF, tl.int32)
+    most = tl.full((), 0, tl.int32)
+    for first in range(0, batch, SCAN):
+        b = first + tl.arange(0, SCAN)
+        pages = pages_of(length_ptr, length_stride, b, batch, capacity)
+        total += tl.sum(pages, 0)
+        most = tl.maximum(most, tl.max(pages, 0))
+        least = tl.minimum(least, tl.min(tl.where(b < batch, pages, 0x7FFFFFFF), 0))
+    return total * KV_HEADS, tl.where(least == most, most, 0)
+
+
+@triton.jit
+def workers_for(total, each, grid, SHORT: tl.constexpr):
+    """How many of the `grid` blocks have work.
+
+    each  pages of every (sequence, head) if equal: then a few workers less may be better, whose
+          runs begin where a (sequence, head) does, since going over to another costs PAUSE pages
+    """
+    most = tl.minimum(grid, (total + SHORT - 1) // SHORT)
+    heads = total // tl.maximum(each, 1)
+    whole = tl.where(heads <= most, heads * tl.minimum(most // heads, each), most)
+    together = (heads + most - 1) // most  # (sequence, head) of a worker, where these are many
+    whole = tl.where(heads <= most, whole, (heads + together - 1) // together)
+    longest = (total + whole - 1) // whole
+    is_better = longest <= (total + most - 1) // most + PAUSE
+    return tl.where((each > 0) & is_better, whole, most)
+
+
+@triton.jit
+def run_start(worker, total, workers):
+    """Where a worker's run begins; it ends where the next one's begins."""
+    return (worker.to(tl.int64) * total // workers).to(tl.int32)
+
+
+@triton.jit
+def owner_of(place, total, workers):
+    """The worker whose run holds a place of the row."""
+    return (((place + 1).to(tl.int64) * workers - 1) // total).to(tl.int32)
+
+
+@triton.jit
+def find_sequence(place, length_ptr, length_stride, batch, capacity, KV_HEADS: tl.constexpr):
+    """The sequence that holds a place of the row, and where that sequence begins."""
+    sequence = tl.full((), 0, tl.int32)
+    before = tl.full((), 0, tl.int32)
+    seen = tl.full((), 0, tl.int32)
+    for first in range(0, batch, SCAN):
+        b = first + tl.arange(0, SCAN)
+        pages = pages_of(length_ptr, length_stride, b, batch, capacity)
+        ends = seen + tl.cumsum(pages, 0)
+        passed = (ends * KV_HEADS <= place) & (b < batch)
+        sequence += tl.sum(passed.to(tl.int32), 0)
+        before = tl.maximum(before, tl.max(tl.where(passed, ends, 0), 0))
+        seen += tl.sum(pages, 0)
+    return sequence, before * KV_HEADS
+
+
+@triton.jit
+def start_of(sequence, length_ptr, length_stride, batch, capacity, KV_HEADS: tl.constexpr):
+    """Where a sequence begins."""
+    before = tl.full((), 0, tl.int32)
+    for first in range(0, sequence, SCAN):
+        b = first + tl.arange(0, SCAN)
+        pages = pages_of(length_ptr, length_stride, b, batch, capacity)
+        before += tl.sum(tl.where(b < sequence, pages, 0), 0)
+    return before * KV_HEADS
+
+
+@triton.jit
+def count_tokens(counter_ptr, length_ptr, length_stride, batch, program, programs):
+    """Add 1 to all lengths, in the program that comes here last: by then all have read them.
+
+    counter_ptr  int32 [1 + LEAVES] zeros, left as zeros
+    """
+    leaf = program % LEAVES
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter_ptr + 1 + leaf, 1, sem="acq_rel", scope="gpu")
+    if arrived == (programs - leaf + LEAVES - 1) // LEAVES - 1:
+        tl.store(counter_ptr + 1 + leaf, 0)
+        leaves = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+        if leaves == tl.minimum(programs, LEAVES) - 1:
+            tl.store(counter_ptr, 0)
+            for first in range(0, batch, SCAN):
+                b = first + tl.arange(0, SCAN)
+                place = length_ptr + b.to(tl.int64) * length_stride
+                length = tl.load(place, mask=b < batch, other=0)
+                tl.store(place, length + 1, mask=b < batch)
+
+
+def counters_for(batch: int, kv_heads: int) -> int:
+    """How many counters a step needs: those of count_tokens, then one per (sequence, head)."""
+    return 1 + int(LEAVES) + batch * kv_heads
+
+
+def grid_for(batch: int, kv_heads: int, pages: int, slots: int) -> int:
+    """Blocks to launch for sequences of up to `pages` pages, on a device that holds `slots`."""
+    return max(1, min(slots, ceil_div(batch * kv_heads * pages, SHORTEST)))

@@ -1,0 +1,208 @@
+"""The `main()` of generated decode-step kernels: check against torch, then time."""
+
+from __future__ import annotations
+
+_DEVICE = """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if TILE.get("PTX") and device == "cpu":
+        raise SystemExit("this kernel holds PTX: run it on a machine with a GPU")
+    options = {name: TILE[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    if TILE.get("MAX_REGISTERS"):
+        options["maxnreg"] = TILE["MAX_REGISTERS"]
+    heads, kv_heads, v_dim = (SPEC[n] for n in ("heads", "kv.kv_heads", "kv.v_dim"))
+    dtype = getattr(torch, SPEC["dtype"])
+"""
+
+_PREPARED = """
+def prepared(x, weight, cos, sin):
+    if SPEC["normed"]:
+        unit = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+        if SPEC["round_first"]:
+            x = weight * unit.to(dtype)
+        else:
+            x = (unit * (weight.float() + SPEC["offset"])).to(dtype)
+    width = SPEC["rotated"]
+    if SPEC["form"] == "none":
+        return x
+    y = x[..., :width].float()
+    if SPEC["form"] == "half":
+        other = torch.cat((-y[..., width // 2 :], y[..., : width // 2]), -1)
+    else:
+        other = torch.stack((-y[..., 1::2], y[..., ::2]), -1).flatten(-2)
+    return torch.cat(((y * cos[:, None] + other * sin[:, None]).to(dtype), x[..., width:]), -1)
+
+
+def quantized(x, top):
+    low = x.amin(-1).half()
+    scale = ((x.amax(-1) - low.float()) / top).clamp(min=0).half()
+    inverse = torch.where(scale > 0, 1 / scale.float(), 0)
+    codes = torch.round((x - low.float()[..., None]) * inverse[..., None]).clamp(0, top)
+    return codes.double() * scale.double()[..., None] + low.double()[..., None]
+"""
+
+APPEND_SELFCHECK = (
+    _PREPARED
+    + """
+
+def main():"""
+    + _DEVICE
+    + """
+    bits, k_dim = SPEC["kv.bits"], SPEC["kv.k_dim"]
+    top = 2**bits - 1
+    for batch in (3,) if device == "cpu" else (3, 64):
+        q, k, v = (
+            torch.randn(batch, n, 1, dim).to(dtype)
+            for n, dim in ((heads, k_dim), (kv_heads, k_dim), (kv_heads, v_dim))
+        )
+        weights = torch.randn(2, k_dim).to(dtype)
+        turns = torch.rand(batch, 1, max(1, SPEC["rotated"])) * 6
+        cos, sin = turns.cos(), turns.sin()
+        length = torch.arange(batch) * 37 % 128
+        table = torch.randperm(2 * batch).view(batch, 2).int()
+        k_pages = torch.zeros(2 * batch, kv_heads, 64, k_dim * bits // 8, dtype=torch.uint8)
+        v_pages = torch.zeros(2 * batch, kv_heads, v_dim, 8 * bits, dtype=torch.uint8)
+        words = torch.zeros(2 * batch, kv_heads, 2, 64, dtype=torch.int32)
+        wanted_q = prepared(q, weights[0], cos, sin)[:, :, 0]
+        wanted = [
+            quantized(x.float()[:, :, 0], top)
+            for x in (prepared(k, weights[1], cos, sin), v)
+        ]
+        tensors = (q, k, v, weights, cos, sin, k_pages, v_pages, words, table, length)
+        q, k, v, weights, cos, sin, k_pages, v_pages, words, table, length = (
+            x.to(device) for x in tensors
+        )
+        turned = torch.empty(batch, heads, k_dim, dtype=dtype, device=device)
+
+        def run():
+            step_append[(batch * kv_heads,)](
+                q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], *weights,
+                cos, cos.stride(0), sin, sin.stride(0), k_pages, v_pages, words, table, 2,
+                length, 1, turned, 1e-6, 2, **options
+            )
+
+        run()
+        page = table.gather(1, (length // 64)[:, None])[:, 0].long().cpu()
+        slot = (length % 64).cpu()
+        half = slot % 32
+        found = []
+        for b in range(batch):
+            scale, low = words[page[b], :, :, slot[b]].cpu().view(kv_heads, 2, 1).contiguous().view(
+                torch.float16
+            ).double().unbind(-1)
+            key = k_pages[page[b], :, slot[b]].cpu()
+            value = v_pages[page[b], :, :, slot[b] if bits == 8 else half[b]].cpu()
+            if bits == 4:
+                key = torch.cat((key & 15, key >> 4), -1)
+                value = (value >> (4 * (slot[b] // 32))) & 15
+            found.append(
+                [codes.double() * scale[:, i : i + 1] + low[:, i : i + 1]
+                 for i, codes in enumerate((key, value))]
+            )
+        limits = (0.0 if not SPEC["normed"] else 0.3, 0.0)
+        for i, name in enumerate(("k", "v")):
+            error = (torch.stack([f[i] for f in found]) - wanted[i]).abs().max().item()
+            assert error <= limits[i], f"batch={batch}: {name} is off by {error}"
+        error = (turned.double().cpu() - wanted_q.double()).norm() / wanted_q.double().norm()
+        assert error < 4e-3, f"batch={batch}: relative error of q {error}"
+        took = f"{triton.testing.do_bench(run) * 1e3:.1f} us" if device == "cuda" else "interpreted"
+        print(f"batch={batch}: keys, values and queries as in torch, {took}")
+"""
+)
+
+ATTEND_SELFCHECK = (
+    """
+def main():"""
+    + _DEVICE
+    + """
+    bits, k_dim = SPEC["kv.bits"], SPEC["kv.k_dim"]
+    top, scale, softcap = 2**bits - 1, k_dim**-0.5, 20.0 if SPEC["has_softcap"] else 0.0
+    for batch, pages in ((3, 3),) if device == "cpu" else ((3, 40), (64, 17)):
+        k_codes, v_codes = (
+            torch.randint(0, top + 1, (batch * pages, kv_heads, 64, dim), dtype=torch.uint8)
+            for dim in (k_dim, v_dim)
+        )
+        grids = torch.rand(2, batch * pages, kv_heads, 2, 64) + 0.5
+        grids = torch.stack((grids[0] * 4 / top, -2 * grids[1])).half()
+        words = grids.view(torch.int16).int()
+        words = (words[0] & 0xFFFF) | (words[1] << 16)
+        k_bytes, v_bytes = k_codes, v_codes.transpose(-1, -2)
+        if bits == 4:
+            k_bytes = k_codes[..., : k_dim // 2] | (k_codes[..., k_dim // 2 :] << 4)
+            v_bytes = v_bytes[..., :32] | (v_bytes[..., 32:] << 4)
+        table = torch.randperm(batch * pages).view(batch, pages)
+        before = torch.tensor([(pages * 64 - 1) // (b + 1) for b in range(batch)])
+        q, sinks = torch.randn(batch, heads, 1, k_dim).to(dtype), torch.randn(heads)
+        mask = torch.rand(batch, 1, 1, pages * 64) < 0.7
+        want = torch.empty(batch, heads, 1, v_dim, dtype=torch.float64)
+        for b in range(batch):
+            n, exact = int(before[b]), []
+            for row, codes in enumerate((k_codes, v_codes)):
+                s, low = (g[table[b], :, row].double()[..., None] for g in grids)
+                x = (codes[table[b]].double() * s + low).transpose(0, 1).flatten(1, 2)
+                exact.append(x[:, : n + 1].repeat_interleave(heads // kv_heads, 0))
+            scores = q[b].double() @ exact[0].transpose(-1, -2) * scale
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            if SPEC["has_mask"]:
+                scores = scores.masked_fill(~mask[b, 0, :, : n + 1], float("-inf"))
+            if SPEC["has_sinks"]:
+                scores = torch.cat((scores, sinks.double().view(-1, 1, 1)), -1)
+            want[b] = scores.softmax(-1).nan_to_num(0)[..., : n + 1] @ exact[1]
+        tensors = (q, k_bytes, v_bytes.contiguous(), words, table.int(), before, mask.byte(), sinks)
+        q, k_pages, v_pages, words, table, length, mask, sinks = (x.to(device) for x in tensors)
+        grid = (max(1, min(1320, batch * kv_heads * pages // 2)),)
+        out = torch.empty(batch, heads, 1, v_dim, dtype=dtype, device=device)
+        part = torch.empty(*grid, 2, heads // kv_heads, v_dim, device=device)
+        stat = torch.empty(*grid, 2, heads // kv_heads, 2, device=device)
+        counters = torch.zeros(33 + batch * kv_heads, dtype=torch.int32, device=device)
+
+        def run():
+            length.copy_(before)
+            step_attend[grid](
+                q, k_pages, v_pages, words, table, pages, length, 1, mask, mask.stride(0),
+                pages * 64, sinks, out, part, stat, counters, scale, softcap, batch, pages, 1,
+                **options
+            )
+
+        run()
+        error = ((out.double().cpu() - want).norm() / want.norm()).item()
+        assert error < 4e-3, f"batch={batch}: relative error {error}"
+        assert torch.equal(length.cpu(), before + 1), f"batch={batch}: tokens not counted"
+        took = f"{triton.testing.do_bench(run) * 1e3:.1f} us" if device == "cuda" else "interpreted"
+        print(f"batch={batch} tokens={pages * 64}: relative error {error:.1e}, {took}")
+"""
+)
+
+COMBINE_SELFCHECK = (
+    """
+def main():"""
+    + _DEVICE
+    + """
+    group = heads // kv_heads
+    for batch in (2,) if device == "cpu" else (2, 16):
+        # 20 pages each for workers of two: ten parts, all where a worker begins
+        workers = 10 * batch * kv_heads
+        part = torch.randn(batch, kv_heads, 10, 2, group, v_dim, device=device)
+        stat = torch.rand(batch, kv_heads, 10, 2, group, 2, device=device) + 0.5
+        weight = torch.exp2(stat[:, :, :, 0, :, 0].double())
+        want = (part[:, :, :, 0] * weight[..., None]).sum(2)
+        want /= (weight * stat[:, :, :, 0, :, 1]).sum(2)[..., None]
+        out = torch.empty(batch, kv_heads, group, v_dim, dtype=dtype, device=device)
+        length = torch.full((batch,), 1280, device=device)
+        counters = torch.zeros(33, dtype=torch.int32, device=device)
+        grid = (batch * heads, -(-v_dim // TILE["COLUMNS"]))
+
+        def run():
+            length.fill_(1280)
+            step_combine[grid](
+                part, stat, out, length, 1, counters, batch, 21, workers, **options
+            )
+
+        run()
+        error = ((out.double() - want).norm() / want.norm()).item()
+        assert error < 4e-3, f"batch={batch}: relative error {error}"
+        assert (length == 1281).all(), f"batch={batch}: tokens not counted"
+        took = f"{triton.testing.do_bench(run) * 1e3:.1f} us" if device == "cuda" else "interpreted"
+        print(f"batch={batch}: relative error {error:.1e}, {took}")
+"""
+)

@@ -1,0 +1,210 @@
+"""A decode step by its kernels against the definition, over ragged caches in pages."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from qoqc.codegen import dispatch
+from qoqc.codegen.kernels import step_call
+from qoqc.codegen.kernels.step_call import Step, StepSpec, random_step, spec_of
+from qoqc.codegen.kernels.step_schedule import grid_for
+from qoqc.ir import kv_reference
+from qoqc.ir.spec import PAGE, KVSpec
+from qoqc.quant.kv import make_words
+
+Bits = Literal[4, 8]
+CHANGED = ("k_pages", "v_pages", "kv_words", "length")
+
+# relative error of the output: its rounding, and fp16 weights of values (fp32: tf32 terms)
+LIMIT = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 2.5e-3}
+
+
+def tiny(**changes: Any) -> StepSpec:
+    """Two KV heads of 16 channels; `bits` and `dims` of the cache, the rest as in StepSpec."""
+    bits, dims = changes.pop("bits", 4), changes.pop("dims", (16, 16))
+    changes.setdefault("rotated", 0 if changes.get("form") == "none" else dims[0])
+    heads = changes.pop("heads", 4)
+    return StepSpec(heads, KVSpec(2, *dims, bits), changes.pop("dtype", torch.float32), **changes)
+
+
+def step_of(spec: StepSpec, lengths: list[int], device: torch.device | str = "cpu") -> Step:
+    """A step after `lengths` tokens; stale words of an earlier owner are NaN."""
+    step = random_step(spec, len(lengths), max(lengths), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(len(lengths))
+    scale = torch.rand(step.kv_words.shape, generator=generator) + 0.5
+    top = 2**spec.kv.bits - 1
+    step.kv_words.copy_(make_words((4 * scale / top).half(), (-2 * scale).half()))
+    for b, length in enumerate(lengths):
+        for i, page in enumerate(step.block_table[b].tolist()):
+            step.kv_words[page, :, :, max(0, min(PAGE, length - i * PAGE)) :] = 0x7E007E00
+    if step.mask is not None:
+        step.mask.copy_(torch.rand(step.mask.shape, generator=generator) < 0.6)
+    step.length.copy_(torch.tensor(lengths))
+    return moved(step, torch.device(device))
+
+
+def moved(step: Step, device: torch.device) -> Step:
+    tensors = {n: x for n, x in vars(step).items() if isinstance(x, torch.Tensor)}
+    return dataclasses.replace(step, **{n: x.to(device) for n, x in tensors.items()})
+
+
+def copied(step: Step) -> Step:
+    return dataclasses.replace(step, **{name: getattr(step, name).clone() for name in CHANGED})
+
+
+def run(step: Step) -> tuple[torch.Tensor, Step]:
+    after = copied(step)
+    return dispatch.kv4_decode(*vars(after).values()), after
+
+
+def check(step: Step, limit: float | None = None) -> torch.Tensor:
+    """Compare with the definition; both ways of adding up parts give the same."""
+    cpu = copied(moved(step, torch.device("cpu")))
+    expected = kv_reference.kv_decode(*vars(cpu).values())
+    normed = step.q_weight is not None
+    for meeting in (1, 10**9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(step_call, "MEETING", meeting)
+            out, after = run(step)
+        assert torch.equal(after.length.cpu(), cpu.length)
+        if not normed:  # sums of squares in another order may move a code by one
+            for name in CHANGED:
+                assert torch.equal(getattr(after, name).cpu(), getattr(cpu, name)), name
+        assert torch.isfinite(out).all()
+        error = (out.cpu().double() - expected.double()).norm() / expected.double().norm()
+        assert error < (limit or LIMIT[step.q.dtype]), float(error)
+    return out
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"form": "interleaved", "rotated": 8, "has_mask": True},
+        {"form": "none", "has_sinks": True, "has_softcap": True},
+        {"rotated": 8, "normed": True, "offset": 1.0, "round_first": False},
+    ],
+    ids=["half", "interleaved masked", "sinks softcap", "partial normed"],
+)
+def test_step_equals_its_definition(changes: dict[str, Any], bits: Bits) -> None:
+    check(step_of(tiny(bits=bits, **changes), [130, 0, 63, 64]))
+
+
+def test_bf16_step() -> None:
+    check(step_of(tiny(dtype=torch.bfloat16, normed=True), [70, 1]))
+
+
+def test_odd_shapes() -> None:
+    check(step_of(tiny(heads=6, dims=(24, 10)), [65, 128]))
+
+
+def test_a_token_that_sees_nothing_gives_zero() -> None:
+    step = step_of(tiny(has_mask=True), [70, 3])
+    assert step.mask is not None
+    step.mask[1] = False
+    out, _ = run(step)
+    assert (out[1] == 0).all() and (out[0] != 0).any()
+
+
+def test_a_full_sequence_gives_nan_and_nothing_is_written() -> None:
+    step = step_of(tiny(), [128, 5])
+    step.length[0] = step.block_table.shape[1] * PAGE
+    pages = step.k_pages[step.block_table[0].long()].clone()
+    out, after = run(step)
+    assert out[0].isnan().all() and torch.isfinite(out[1]).all()
+    assert torch.equal(after.k_pages[step.block_table[0].long()], pages)
+
+
+def test_a_nan_key_stays_in_its_sequence() -> None:
+    step = step_of(tiny(), [70, 70])
+    step.k[0, 0, 0, 3] = float("nan")
+    out, _ = run(step)
+    assert out[0, :2].isnan().all()
+    assert torch.isfinite(out[0, 2:]).all() and torch.isfinite(out[1]).all()
+
+
+def test_large_and_constant_values_are_finite() -> None:
+    step = step_of(tiny(dtype=torch.float16), [66, 2])
+    step.k.fill_(1e4)
+    step.v.fill_(-1e4)
+    out, _ = run(step)
+    assert torch.isfinite(out).all()
+
+
+def test_nothing_to_do() -> None:
+    step = random_step(tiny(), 1, 5, torch.device("cpu"))
+    empty = {n: x[:0] for n, x in vars(step).items() if n in ("q", "k", "v", "block_table")}
+    step = dataclasses.replace(step, **empty, length=step.length[:0], cos=None, sin=None)
+    out = dispatch.kv4_decode(*vars(dataclasses.replace(step, form="none")).values())
+    assert out.shape == (0, 4, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"form": "spiral"}, "expected one of none, half, interleaved"),
+        ({"cos": None}, "needs cos and sin"),
+        ({"mask": torch.ones(1, 4, 1, 64, dtype=torch.bool)}, "mask must be bool"),
+        ({"mask": torch.ones(1, 1, 1, 64)}, "mask must be bool"),
+        ({"q_weight": torch.ones(16)}, "or neither"),
+        ({"sinks": torch.ones(3)}, "sinks is"),
+        ({"length": torch.zeros(3, dtype=torch.long)}, "2 sequences, but length is"),
+        ({"k": torch.zeros(2, 2, 2, 16)}, "one new token per sequence"),
+        ({"bits": 8}, "not a KV cache of 8 bits"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    step = random_step(tiny(), 2, 5, torch.device("cpu"))
+    with pytest.raises(ValueError, match=message):
+        spec_of(dataclasses.replace(step, **change))
+
+
+def test_grid_follows_capacity_and_the_device() -> None:
+    assert grid_for(64, 8, 16, 1584) == 1584
+    assert grid_for(1, 8, 4, 1584) == 16
+    assert grid_for(1, 1, 1, 1584) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (32, 8), (16, 1), (12, 4)])
+def test_shapes_on_a_gpu(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    spec = StepSpec(heads, KVSpec(kv_heads, dim, dim), dtype, rotated=dim, has_mask=True)
+    check(step_of(spec, [0, 1, 63, 64, 65, 700, 127, 2000], "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3, 130, 1024])
+def test_batches_on_a_gpu(batch: int) -> None:
+    lengths = [(37 * b * b) % 300 for b in range(batch)]
+    check(step_of(StepSpec(8, KVSpec(2, 64, 64), torch.bfloat16, rotated=64), lengths, "cuda"))
+
+
+@pytest.mark.gpu
+def test_same_bits_every_time_under_load() -> None:
+    spec = StepSpec(32, KVSpec(8, 128, 128), torch.bfloat16, rotated=128)
+    step = step_of(spec, [5000, 17, 900, 64], "cuda")
+    first, _ = run(step)
+    other = torch.cuda.Stream()
+    noise = torch.randn(2048, 2048, device="cuda")
+    for _ in range(200):
+        with torch.cuda.stream(other):
+            noise = noise @ noise * 1e-2
+        assert torch.equal(run(step)[0], first)
+
+
+@pytest.mark.gpu
+def test_shared_prefix_pages_are_only_read() -> None:
+    spec = StepSpec(8, KVSpec(2, 64, 64), torch.bfloat16, rotated=64)
+    step = step_of(spec, [130, 140], "cuda")
+    step.block_table[1, :2] = step.block_table[0, :2]
+    before = step.k_pages[step.block_table[0, :2].long()].clone()
+    check(step)
+    _, after = run(step)
+    assert torch.equal(after.k_pages[step.block_table[0, :2].long()], before)
