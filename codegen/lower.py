@@ -21,6 +21,12 @@ DEFINITIONS: dict[Any, Any] = {
 }
 """What a CPU runs instead of the quantizing ops."""
 
+LINEARS: dict[Any, Any] = {
+    ops.w4a8_linear: reference.int8_linear,
+    ops.w4a8_glu: reference.int8_glu,
+}
+"""What a CPU runs instead of the linears: their definitions, on weights expanded to int8."""
+
 
 def lower(
     gm: GraphModule, bound: dict[Node, torch.Tensor], device: torch.device, options: Options
@@ -28,7 +34,7 @@ def lower(
     """Lower `gm` in place for `device`; returns how many nodes changed.
 
     CUDA  the ops keep their names; Triton kernels are registered behind them.
-    CPU   the quantizing ops and w4a8_linear become calls of their definitions, which Inductor
+    CPU   the quantizing ops and the linears become calls of their definitions, which Inductor
           traces into: norms, activations, scales and rounding fuse into loops, and the GEMM is
           torch's int8 one. Level 2 of the weights is expanded once for it, which costs twice the
           memory of the 4-bit weights; a CPU has no fast way to unpack nibbles at every call.
@@ -52,17 +58,18 @@ def _expand_weights(gm: GraphModule, bound: dict[Node, torch.Tensor]) -> int:
     count = 0
     expanded: dict[int, Node] = {}
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or node.target is not ops.w4a8_linear:
+        if node.op != "call_function" or node.target not in LINEARS:
             continue
         bundle: Bundle = node.meta["qoqc_bundle"]
         if id(bundle) not in expanded:
             weight = add_static_input(gm.graph, f"{node.args[3].name}_int8", bundle.int8())
             bound[weight] = bundle.int8()
             expanded[id(bundle)] = weight
-        xq, token_scale, _, qweight, channel_scale, word, zero, bias, residual, dtype = node.args
-        node.args = (xq, token_scale, expanded[id(bundle)], channel_scale, bias, residual, dtype)
+        # what follows the weight, bias to dtype, is the same in the op and its definition
+        xq, token_scale, _, qweight, channel_scale, word, zero, *others = node.args
+        node.args = (xq, token_scale, expanded[id(bundle)], channel_scale, *others)
         node.kwargs = {"matmul": ops.int8_matmul}
-        node.target = reference.int8_linear
+        node.target = LINEARS[node.target]
         for dead in (qweight, word, zero):
             if isinstance(dead, Node) and not dead.users:
                 bound.pop(dead)

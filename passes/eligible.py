@@ -13,16 +13,26 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from qoqc.ir import ops
-from qoqc.ir.spec import OUTPUT_DTYPES
+from qoqc.ir.spec import GROUP, OUTPUT_DTYPES
 from qoqc.passes.context import Context
-from qoqc.passes.match import LINEAR, SDPA, argument, example, is_call, is_method, is_view, source
+from qoqc.passes.match import (
+    LINEAR,
+    LINEAR_GLU,
+    SDPA,
+    argument,
+    example,
+    is_call,
+    is_method,
+    is_view,
+    source,
+)
 from qoqc.runtime.weights import WeightRef
 
 MIN_FEATURES = 32
 """Below this a weight is smaller than the padding of one tile and its scales."""
 
 ROUTING = frozenset({torch.topk, torch.argmax})
-STOPS = frozenset({LINEAR, SDPA, F.embedding})
+STOPS = frozenset({LINEAR, LINEAR_GLU, SDPA, F.embedding})
 _PRODUCT = re.compile(r"mm|matmul|einsum")
 
 
@@ -61,6 +71,8 @@ def site(gm: GraphModule, node: Node, ctx: Context) -> Site | No:
         refusal = _refusal(gm, node, placeholder, ref, ctx)
         if refusal is not None:
             return refusal
+    if ctx.options.lm_head == "w8a8" and _head_kind(gm, node, refs[0], ctx) is not None:
+        refs = tuple(dataclasses.replace(ref, eight=True) for ref in refs)
     return Site(x, placeholders, refs, bias)
 
 
@@ -89,20 +101,28 @@ def _refusal(
     name = ref.name.removesuffix(".weight")
     if any(fnmatch.fnmatch(name, pattern) for pattern in ctx.options.exclude):
         return No("excluded", kept=True)
-    if any(ref.param is table for table in _tables(gm, ctx)):
-        return No("shares its weight with the embedding", kept=True)
-    if _is_head(gm, node, ref, ctx):
-        return No("output head", kept=True)
+    head = _head_kind(gm, node, ref, ctx)
+    if head is not None and ctx.options.lm_head == "16":
+        return No(head, kept=True)
     if _reads_cache(node.args[0]):
         return No("multiplies the whole cache at every step", kept=True)
     n, k = ref.dense().shape
     if min(n, k) < MIN_FEATURES:
         return No(f"{n} x {k} is below the smallest size worth packing, {MIN_FEATURES}", kept=True)
+    if head is not None and ctx.options.lm_head == "w8a8" and k % GROUP:
+        return No(f"{k} input channels are no multiple of {GROUP}, as an 8-bit head needs them")
     dtype = ref.param.dtype
     if dtype not in OUTPUT_DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in OUTPUT_DTYPES)
         return No(f"dtype {str(dtype).removeprefix('torch.')} is not one of {names}")
     return None
+
+
+def _head_kind(gm: GraphModule, node: Node, ref: WeightRef, ctx: Context) -> str | None:
+    """What makes this linear an output head, or None."""
+    if any(ref.param is table for table in _tables(gm, ctx)):
+        return "shares its weight with the embedding"
+    return "output head" if _is_head(gm, node, ref, ctx) else None
 
 
 def _is_head(gm: GraphModule, node: Node, ref: WeightRef, ctx: Context) -> bool:

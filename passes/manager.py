@@ -14,10 +14,12 @@ from qoqc.passes.attention import attention
 from qoqc.passes.cleanup import cleanup
 from qoqc.passes.context import Context
 from qoqc.passes.fuse_act import fuse_act
+from qoqc.passes.fuse_glu import fuse_glu
 from qoqc.passes.fuse_norm import fuse_norm
 from qoqc.passes.linear import linear
 from qoqc.passes.merge import merge
 from qoqc.passes.normalize import normalize
+from qoqc.passes.rotary import rotary
 from qoqc.passes.share_quant import share_quant
 
 Pass = Callable[[GraphModule, Context], int]
@@ -25,7 +27,9 @@ Pass = Callable[[GraphModule, Context], int]
 PIPELINE: tuple[Pass, ...] = (
     normalize,  # first: the others know one spelling each
     attention,  # before merge: it looks at the nodes the model wrote
+    rotary,  # after attention, which tells what reads the cache; before merge, for the same reason
     merge,  # before linear: packs sibling weights as one
+    fuse_glu,  # after merge, which stacks gate and up; before linear, which packs them in turns
     linear,
     share_quant,  # after linear: it looks at quantize_act nodes
     fuse_norm,  # after share_quant: one quantize_act per norm

@@ -43,7 +43,8 @@ def _is_plain(found: Site) -> bool:
 
     Not with a bias computed in between, and not if the model joined its weight from several itself.
     """
-    return len(found.refs) == 1 and (found.bias is None or found.bias.op == "placeholder")
+    one = len(found.refs) == 1 and not found.refs[0].eight
+    return one and (found.bias is None or found.bias.op == "placeholder")
 
 
 def _merge(gm: GraphModule, group: list[tuple[Node, Site]]) -> int:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from qoqc.passes.context import Context
 from qoqc.passes.match import LINEAR, SDPA, argument, example, is_call, is_method
+from qoqc.runtime.packed_linear import stored_linear
 
 MATMUL = (operator.matmul, torch.matmul, torch.mm)
 SDPA_OPTIONAL = (("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False), ("scale", None))
@@ -22,6 +23,7 @@ def normalize(gm: GraphModule, ctx: Context) -> int:
     addmm(b, x, w)              ->   linear(x, t(w), b)
     x @ w.T                     ->   linear(x, w, None)
     x @ w                       ->   linear(x, t(w), None)
+    stored_linear(x, w, b, ..)  ->   linear(x, w, b)
     sdpa(q, k, v, mask, ...)    ->   sdpa(q, k, v, attn_mask=mask, ...), all keywords
     _set_grad_enabled(...)      ->   (gone: the graph runs under no_grad)
     """
@@ -33,6 +35,11 @@ def normalize(gm: GraphModule, ctx: Context) -> int:
             count += _addmm(gm, ctx, node)
         elif is_call(node, *MATMUL):
             count += _matmul(gm, ctx, node)
+        elif is_call(node, stored_linear):
+            x, weight, bias, transposed = node.args
+            if transposed:
+                weight = _transposed(gm, node, weight)
+            count += _replace(gm, node, x, weight, bias)
         elif is_call(node, LINEAR, F.linear):
             x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
             bias = argument(node, 2, "bias")
@@ -77,9 +84,13 @@ def _weight(gm: GraphModule, ctx: Context, product: Node, right: Any) -> Node | 
         return None
     if isinstance(original, Node) and original is not right:
         return original
+    return _transposed(gm, product, right)
+
+
+def _transposed(gm: GraphModule, product: Node, weight: Node) -> Node:
     with gm.graph.inserting_before(product):
-        transposed = gm.graph.call_method("t", (right,))
-    stored = example(right)
+        transposed = gm.graph.call_method("t", (weight,))
+    stored = example(weight)
     transposed.meta["example_value"] = None if stored is None else stored.t()
     return transposed
 

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qoqc.shapes import SHAPES, linears
+
+TUNED = ("llama-3-8b", "llama-2-7b", "qwen2.5-72b")
+"""The models of SHAPES whose linears benchmarks/gemm.py and benchmarks/tune_gemm.py take."""
+
 MODELS: dict[str, dict[str, tuple[int, int]]] = {
-    "llama-3-8b": {
-        "qkv": (6144, 4096),
-        "o": (4096, 4096),
-        "gate_up": (28672, 4096),
-        "down": (4096, 14336),
-    },
-    "llama-2-7b": {
-        "qkv": (12288, 4096),
-        "o": (4096, 4096),
-        "gate_up": (22016, 4096),
-        "down": (4096, 11008),
-    },
-    "qwen2.5-72b": {
-        "qkv": (10240, 8192),
-        "o": (8192, 8192),
-        "gate_up": (59136, 8192),
-        "down": (8192, 29568),
-    },
+    **{name: linears(SHAPES[name]) for name in TUNED},
     "qwen3-30b-a3b-expert": {"gate_up": (1536, 2048), "down": (2048, 768)},
 }
 """(out_features, in_features) by model and name, on one GPU (TP1)."""

@@ -19,6 +19,11 @@ def interleaved(width: int) -> torch.Tensor:
     return rows.transpose(0, 1).reshape(-1)
 
 
+def in_turns(values: torch.Tensor) -> torch.Tensor:
+    """The gate's values and then the up's, [2 * width], in the order of `interleaved`."""
+    return values.view(2, -1, TURN).transpose(0, 1).reshape(-1)
+
+
 def apart(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(gate, up) [..., width] of the last axis of y [..., 2 * width] in turns of 8."""
     turns = y.unflatten(-1, (-1, 2, TURN))

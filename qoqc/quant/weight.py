@@ -196,5 +196,25 @@ def concat_rows(parts: Sequence[PackedWeight]) -> PackedWeight:
     )
 
 
+def reordered_rows(packed: PackedWeight, order: torch.Tensor) -> PackedWeight:
+    """Output channels in another order, exact: row i of the result is row order[i], int64 [N]."""
+    order = order.to(packed.qweight.device)
+    tiles, k_tiles = packed.qweight.shape[:2]
+    # a row's bytes lie together in every tile, whatever they hold; padding stays where it is
+    whole = torch.arange(tiles * TILE_N, device=order.device)
+    whole[: packed.out_features] = order
+    lines = packed.qweight.transpose(1, 2).reshape(tiles * TILE_N, k_tiles, GROUP // 2)[whole]
+    lines = lines.view(tiles, TILE_N, k_tiles, GROUP // 2).transpose(1, 2).contiguous()
+    word, zero = packed.group_word, packed.channel_zero
+    return PackedWeight(
+        lines,
+        packed.channel_scale[order],
+        None if word is None else word[:, order].contiguous(),
+        None if zero is None else zero[order],
+        packed.out_features,
+        packed.in_features,
+    )
+
+
 def _padded_k(packed: PackedWeight) -> int:
     return packed.qweight.shape[1] * GROUP

@@ -29,9 +29,9 @@ def test_llama() -> None:
     after = targets(gm)
     # per layer: q, k, v in one; o; gate and up in one; down
     assert ctx.counts["linear"] == 14
-    assert after["w4a8_linear"] == 8
-    # of the inputs of a layer's four, two are norms, one an activation, one attention's output
-    assert (after["norm_quant"], after["act_quant"], after["quantize_act"]) == (4, 2, 2)
+    assert (after["w4a8_linear"], after["w4a8_glu"]) == (6, 2)
+    # of the inputs of a layer's four, two are norms, one silu(gate) * up, one attention's output
+    assert (after["norm_quant"], after["act_quant"], after["quantize_act"]) == (4, 0, 4)
     assert after["linear"] == 1
     assert run_graph(gm, ctx)[0].shape == (1, 6, VOCAB)
     assert list(ctx.counts) == [step.__name__ for step in manager.PIPELINE]
@@ -63,8 +63,10 @@ def test_dumps_are_numbered_pairs(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "graph").iterdir())
     assert names[:2] == ["00-normalize.after.py", "00-normalize.before.py"]
     assert len(names) == 2 * len(manager.PIPELINE)
-    assert "w4a8_linear" in (tmp_path / "graph" / "03-linear.after.py").read_text()
-    assert "w4a8_linear" not in (tmp_path / "graph" / "03-linear.before.py").read_text()
+    number = [step.__name__ for step in manager.PIPELINE].index("linear")
+    stem = tmp_path / "graph" / f"{number:02d}-linear"
+    assert "w4a8_linear" in stem.with_suffix(".after.py").read_text()
+    assert "w4a8_linear" not in stem.with_suffix(".before.py").read_text()
 
 
 def test_a_pass_that_loses_a_write_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 from qoqc.errors import StaleWeights, Unsupported
+from qoqc.quant.glu import interleaved
 from qoqc.quant.weight import dequantize_weight, quantize_weight
 from qoqc.runtime.weights import WeightRef, WeightStore
 
@@ -171,3 +172,38 @@ def test_inference_parameters() -> None:
     with torch.inference_mode():
         ref = WeightRef(Parameter(torch.randn(48, 64), False), False, "made in inference mode")
     assert torch.equal(dense(WeightStore(), [ref]), fresh([ref]))
+
+
+@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize("sizes", [(48, 48), (128, 128), (200, 200), (96,)])
+def test_rows_in_turns(sizes: tuple[int, ...], group_size: Any) -> None:
+    """glu: gate and up take turns of eight rows; cut apart again they are what they were."""
+    store, group = WeightStore(), refs(*sizes)
+    expected = fresh(group, group_size)
+    bundle = store.bundle(group, group_size, glu=True)
+    order = interleaved(sum(sizes) // 2)
+    assert torch.equal(dequantize_weight(bundle.packed), expected[order])
+    assert torch.equal(dequantize_weight(bundle.stacked()), expected)
+    assert store.bundle(group, group_size, glu=True) is bundle
+    store.release(bundle, [ref.param for ref in group])
+    assert torch.equal(dense(store, group[:1], group_size), expected[: sizes[0]])
+    assert store.bundle(group, group_size, glu=True) is not bundle
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_a_changed_weight_in_turns_is_packed_again_in_place(changed: int) -> None:
+    store, group = WeightStore(), refs(48, 48)
+    bundle = store.bundle(group, 128, glu=True)
+    address = bundle.packed.qweight.data_ptr()
+    scale_in_place(group[changed].param)
+    assert store.bundle(group, 128, glu=True) is bundle
+    assert bundle.packed.qweight.data_ptr() == address
+    assert torch.equal(dequantize_weight(bundle.packed), fresh(group)[interleaved(48)])
+
+
+def test_bundles_of_a_model() -> None:
+    store, group = WeightStore(), refs(48, 32, 64)
+    model = torch.nn.ParameterList([ref.param for ref in group])
+    assert store.bundles_of(model) == []
+    pair, single = store.bundle(group[:2], 128), store.bundle(group[2:], 128)
+    assert store.bundles_of(model) == [pair, single]
