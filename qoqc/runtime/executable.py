@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,20 @@ from qoqc.runtime.weights import Bundle, WeightRef, WeightStore, version
 
 _version_of = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 _address_of = torch.Tensor.data_ptr
+
+
+_RECORD: list[Any] | None = None
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Any]]:
+    """The Executables that run inside the block: who captures them as a CUDA graph keeps them."""
+    global _RECORD
+    outer, _RECORD = _RECORD, []
+    try:
+        yield _RECORD
+    finally:
+        _RECORD = outer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +81,8 @@ class Executable:
         recompile, and after a graph break inside a layer all layers share one graph. Three
         C-level loops see every kind of change: another Parameter, written, re-pointed.
         """
+        if _RECORD is not None:
+            _RECORD.append(self)
         params = [args[position] for position in self._positions]
         now = (_versions(params), tuple(map(_address_of, params)))
         # weak references, not ids: those are used again when a Parameter is replaced
@@ -81,9 +98,12 @@ class Executable:
         """Point the bound tensors at the packed form of the Parameters in `args`."""
         for slot in self._slots:
             params = [args[position] for position in slot.positions]
-            parts = zip(params, slot.bundle.transposed, slot.bundle.names, strict=True)
+            like = slot.bundle
+            parts = zip(params, like.transposed, like.names, strict=True)
             bundle = self._store.bundle(
-                [WeightRef(*part) for part in parts], slot.bundle.packed.group_size
+                [WeightRef(*part, eight=like.eight) for part in parts],
+                like.packed.group_size,
+                glu=like.glu,
             )
             for index, field in slot.fields.items():
                 self._bound[index] = bundle.int8() if field == "int8" else bundle.tensors()[field]

@@ -59,16 +59,29 @@ class KV4Cache(Cache):
         specs: Sequence[KVSpec],
         device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
+        within: KV4Cache | None = None,
     ) -> None:
         """Allocate every layer now, outside any compiled region (CUDA graphs need that).
 
-        dtype  of the layers that are kept in 16 bit
+        dtype   of the layers that are kept in 16 bit
+        within  a cache for as many tokens or more, whose memory this one then uses: of caches
+                that share memory only one may be in use at a time
         """
-        for layer, spec in zip(self.layers, specs, strict=True):
+        pools: Sequence[Any] = [None] * len(self.layers) if within is None else within.layers
+        for layer, spec, pool in zip(self.layers, specs, pools, strict=True):
             if isinstance(layer, KV16Layer):
-                layer.allocate(batch, spec, device, dtype)
+                layer.allocate(batch, spec, device, dtype, within=pool)
             else:
-                layer.allocate(batch, spec, device)
+                layer.allocate(batch, spec, device, within=pool)
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens of every sequence."""
+        for layer in self.layers:
+            layer.length.sub_(tokens)
+
+    def bytes_per_token(self) -> int:
+        """Memory of one token of one sequence in all layers; they must be allocated."""
+        return sum(layer.bytes_per_token() for layer in self.layers)
 
     def crop(self, max_length: int) -> None:
         """Not possible on a static cache (assisted decoding asks for it)."""

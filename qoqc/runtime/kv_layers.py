@@ -44,17 +44,26 @@ class KV4Layer(CacheLayerMixin):
         batch, heads, _, k_dim = key_states.shape
         self.allocate(batch, KVSpec(heads, k_dim, value_states.shape[-1]), key_states.device)
 
-    def allocate(self, batch: int, spec: KVSpec, device: torch.device) -> None:
-        """Allocate pages for `batch` sequences; head sizes from `spec`, bits from this layer."""
+    def allocate(
+        self, batch: int, spec: KVSpec, device: torch.device, *, within: KV4Layer | None = None
+    ) -> None:
+        """Allocate pages for `batch` sequences; head sizes from `spec`, bits from this layer.
+
+        within  a layer of the same kind whose first pages are used instead of new ones
+        """
         if self.bits == 4 and (spec.k_dim % 2 or spec.v_dim % 2):
             raise Unsupported(
                 f"a 4-bit cache needs even head sizes, got {spec.k_dim} and {spec.v_dim}; "
                 "use kv_bits=8"
             )
         pages = batch * self.pages_per_sequence
-        self.k_pages, self.v_pages, self.kv_words = empty_pages(
-            pages, spec.kv_heads, spec.k_dim, spec.v_dim, self.bits, device
-        )
+        if within is None:
+            self.k_pages, self.v_pages, self.kv_words = empty_pages(
+                pages, spec.kv_heads, spec.k_dim, spec.v_dim, self.bits, device
+            )
+        else:
+            pools = (within.k_pages, within.v_pages, within.kv_words)
+            self.k_pages, self.v_pages, self.kv_words = (pool[:pages] for pool in pools)
         table = torch.arange(pages, dtype=torch.int32, device=device)
         self.block_table = table.view(batch, self.pages_per_sequence)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -113,6 +122,12 @@ class KV4Layer(CacheLayerMixin):
         """Tokens each sequence can hold."""
         return self.max_cache_len
 
+    def bytes_per_token(self) -> int:
+        """Memory of one token of one sequence, read off the allocated tensors."""
+        pools = (self.k_pages, self.v_pages, self.kv_words)
+        tokens = self.length.shape[0] * self.max_cache_len
+        return sum(pool.nbytes for pool in pools) // tokens
+
     get_max_cache_shape = get_max_length  # transformers 5.17 asks under the old name
 
     def reset(self) -> None:
@@ -154,16 +169,28 @@ class KV16Layer(KV4Layer):
         spec: KVSpec,
         device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
+        *,
+        within: KV4Layer | None = None,
     ) -> None:
-        """Allocate for `batch` sequences."""
+        """Allocate for `batch` sequences, or take the front of what a 16-bit layer has."""
         shape = (batch, spec.kv_heads, self.max_cache_len)
-        self.keys = torch.zeros(*shape, spec.k_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(*shape, spec.v_dim, dtype=dtype, device=device)
+        if within is None:
+            self.keys = torch.zeros(*shape, spec.k_dim, dtype=dtype, device=device)
+            self.values = torch.zeros(*shape, spec.v_dim, dtype=dtype, device=device)
+        else:
+            count = batch * spec.kv_heads * self.max_cache_len
+            self.keys = within.keys.view(-1)[: count * spec.k_dim].view(*shape, spec.k_dim)
+            self.values = within.values.view(-1)[: count * spec.v_dim].view(*shape, spec.v_dim)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
         if not torch.compiler.is_compiling():
             for tensor in (self.keys, self.values, self.length):
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
+
+    def bytes_per_token(self) -> int:
+        """Memory of one token of one sequence, read off the allocated tensors."""
+        tokens = self.length.shape[0] * self.max_cache_len
+        return (self.keys.nbytes + self.values.nbytes) // tokens
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

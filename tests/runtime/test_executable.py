@@ -30,9 +30,9 @@ class Setup:
         self.executable = Executable(self.run, [1], bound, [slot], self.store, release=release)
         original = self.store.bundle
 
-        def counted(*args: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
             self.lookups += 1
-            return original(*args)
+            return original(*args, **kwargs)
 
         setattr(self.store, "bundle", counted)  # noqa: B010 (mypy objects to the plain form)
 

@@ -166,3 +166,41 @@ def test_a_16bit_layer_is_allocated_in_the_dtype_of_the_model() -> None:
         torch.uint8,
         torch.float16,
     )
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_caches_in_one_memory(bits: Any) -> None:
+    """A cache within a larger one gives what one of its own would, and allocates nothing."""
+    config = tiny_config("llama", num_hidden_layers=1)
+    spec, cpu = KVSpec(2, 32, 16), torch.device("cpu")
+    large, small, own = (KV4Cache(config, length, bits) for length in (200, 100, 100))
+    large.allocate(3, [spec], cpu, torch.float32)
+    small.allocate(2, [spec], cpu, torch.float32, within=large)
+    own.allocate(2, [spec], cpu, torch.float32)
+    for layer in large.layers:  # what is there of an earlier use must not be seen
+        layer.keys.fill_(7)
+        layer.values.fill_(7)
+    for seq, seed in ((6, 1), (3, 2)):
+        k, v = chunk(seq, seed)
+        got = small.layers[0].update(k[:2], v[:2])
+        expected = own.layers[0].update(k[:2], v[:2])
+        for a, b in zip(got, expected, strict=True):
+            length = 9 if a.shape[2] > 9 else a.shape[2]  # beyond it nothing was written
+            assert torch.equal(a[:, :, :length], b[:, :, :length])
+    base = large.layers[0].keys.data_ptr()
+    assert small.layers[0].keys.data_ptr() == base
+    assert small.bytes_per_token() == own.bytes_per_token() == large.bytes_per_token()
+
+
+def test_rewind_forgets_the_last_tokens() -> None:
+    config = tiny_config("llama", num_hidden_layers=1)
+    cache = KV4Cache(config, 100)
+    cache.allocate(3, [SPEC], torch.device("cpu"))
+    cache.layers[0].update(*chunk(6, 1))
+    cache.layers[0].update(*chunk(1, 2))
+    expected = cache.layers[0].update(*chunk(1, 3))[0][:, :, :6].clone()
+    cache.rewind(2)
+    assert int(cache.get_seq_length()) == 6
+    again = cache.layers[0].update(*chunk(1, 4))[0]
+    assert int(cache.get_seq_length()) == 7
+    assert torch.equal(again[:, :, :6], expected)

@@ -1,0 +1,144 @@
+"""The loop in the place of GenerationMixin._sample: prefill, then steps that only the device runs.
+
+transformers prepares everything: arguments, logits processors, stopping criteria, the cache. What
+the loop cannot do goes to transformers' own loop, with a line in the log that says why.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from qoqc.decode.choose import Chooser
+from qoqc.decode.request import Request, refusal
+from qoqc.decode.select import ignored_prefix
+from qoqc.decode.steps import Steps
+from qoqc.decode.watch import Watch
+from qoqc.errors import CacheFull
+from qoqc.log import get_logger
+
+log = get_logger("decode")
+
+
+def install(model: Any, graphs: bool) -> None:
+    """Let model.generate() sample through this loop; `graphs` = steps become CUDA graphs.
+
+    generate() looks its loops up on the model's class, so the model gets a subclass of its own
+    class, as torch's parametrizations and FSDP do it.
+    """
+    model.qoqc_steps = Steps(graphs)
+    if not hasattr(type(model), "qoqc_loop"):
+        kind: Any = type(model)
+        model.__class__ = _with_loop(kind)
+
+
+@functools.cache
+def _with_loop(kind: Any) -> Any:
+    """A class like `kind`, of the same name, that samples through this loop."""
+
+    def sample(
+        self: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """GenerationMixin._sample by qoqc's decode loop."""
+        # generate() leaves it there after it has made the criteria of stop strings
+        model_kwargs.pop("tokenizer", None)
+        request = Request(
+            self,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            model_kwargs,
+        )
+        reason = refusal(request, synced_gpus)
+        if reason is None:
+            return generate(request, self.qoqc_steps)
+        log.info("transformers' own loop generates: %s", reason)
+        return kind._sample(
+            self,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+
+    members = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "_sample": sample,
+        "qoqc_loop": True,
+    }
+    return type(kind.__name__, (kind,), members)
+
+
+def generate(request: Request, steps: Steps) -> Any:
+    """Serve a request that `refusal` lets pass; the result is GenerationMixin._sample's.
+
+    Raises CacheFull when a cache that the caller gave holds fewer tokens than are generated.
+    """
+    model, cache, kwargs = request.model, request.cache, request.kwargs
+    position, mask = kwargs["position_ids"], kwargs.get("attention_mask")
+    arguments = {"logits_to_keep": 1} if kwargs.get("logits_to_keep") == 1 else {}
+    length, cached = request.input_ids.shape[1], request.input_ids.shape[1]
+    fresh, capacity = cache.layers[0].empty, cache.get_max_length()
+    _require_room(length, capacity)
+    outputs = model._prefill(request.input_ids, request.config, kwargs, is_first_iteration=True)
+    logits = outputs.logits[:, -1]
+    del outputs  # without logits_to_keep those of the whole prompt
+    if not fresh:
+        cached = int(cache.get_seq_length())
+        _require_room(cached, capacity)
+    own = steps.of(model, cache)
+    ignored = ignored_prefix(request.processors)
+    own.buffers.begin(request.input_ids, position[:, -1:], mask, ignored)
+    chooser = Chooser(request, own)
+    watch = Watch(own.buffers, request.streamer, lag=1 if request.may_overshoot else 0)
+    with model._optimize_model_for_decode():
+        chooser.choose(logits, length)
+        length += 1
+        while not watch.step_done(length) and length != request.max_length:
+            _require_room(cached + 1, capacity)
+            logits = own.forward(masked=mask is not None, arguments=arguments)
+            chooser.choose(logits, length)
+            length, cached = length + 1, cached + 1
+    final = watch.all_done(length)
+    cache.rewind(length - final)
+    tokens = own.buffers.ids[:, :final].clone()
+    return _result(request, tokens, chooser, final - request.input_ids.shape[1])
+
+
+def _require_room(tokens: int, capacity: int) -> None:
+    # the kernels drop tokens beyond the end: nothing on the device would say so
+    if tokens > capacity:
+        raise CacheFull(
+            f"the KV cache holds {capacity} tokens, token {tokens} was appended; "
+            "allocate it with a larger max_cache_len"
+        )
+
+
+def _result(request: Request, tokens: torch.Tensor, chooser: Chooser, new: int) -> Any:
+    """`tokens`, or with them what return_dict_in_generate asks for, of `new` steps."""
+    config = request.config
+    if not config.return_dict_in_generate:
+        return tokens
+    return GenerateDecoderOnlyOutput(
+        sequences=tokens,
+        scores=tuple(chooser.scores[:new]) if config.output_scores else None,
+        logits=tuple(chooser.logits[:new]) if config.output_logits else None,
+        past_key_values=request.cache,
+    )

@@ -1,0 +1,104 @@
+"""What one call of `generate` asks of the decode loop, and whether the loop can do it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import GenerationMixin
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StopStringCriteria,
+)
+
+from qoqc.decode.select import on_device
+from qoqc.runtime.kv_cache import KV4Cache
+
+PURE = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
+"""Criteria that may be asked about a step more than there is to be: they remember nothing."""
+
+FORWARDED = frozenset(
+    {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+)
+"""Arguments of the model's forward that the loop knows how to carry from step to step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The arguments of GenerationMixin._sample."""
+
+    model: Any
+    input_ids: torch.Tensor
+    processors: Any
+    criteria: Any
+    config: Any
+    streamer: Any
+    kwargs: dict[str, Any]
+
+    @property
+    def cache(self) -> Any:
+        """The cache generate() chose or was given."""
+        return self.kwargs.get("past_key_values")
+
+    @property
+    def wants_scores(self) -> bool:
+        """Are scores or logits of every step asked for?"""
+        given = self.config.output_scores or self.config.output_logits
+        return bool(self.config.return_dict_in_generate and given)
+
+    @property
+    def selects_on_device(self) -> bool:
+        """Can the choice of tokens be captured?"""
+        return not self.wants_scores and all(map(on_device, self.processors))
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens at which the generation ends."""
+        lengths = [c.max_length for c in self.criteria if type(c) is MaxLengthCriteria]
+        return min(lengths, default=None)
+
+    @property
+    def eos(self) -> torch.Tensor | None:
+        """Tokens that end a sequence, or None."""
+        ends = [c.eos_token_id for c in self.criteria if type(c) is EosTokenCriteria]
+        return torch.cat(ends).to(self.input_ids.device) if ends else None
+
+    @property
+    def asked_each_step(self) -> list[Any]:
+        """The criteria that are neither counting nor end tokens."""
+        known = (EosTokenCriteria, MaxLengthCriteria)
+        return [criterion for criterion in self.criteria if type(criterion) not in known]
+
+    @property
+    def may_overshoot(self) -> bool:
+        """May a step be issued before it is known whether the one before was the last?"""
+        return all(type(criterion) in PURE for criterion in self.criteria)
+
+
+def refusal(request: Request, synced_gpus: bool) -> str | None:
+    """Why transformers' own loop must serve the request, or None."""
+    model, config = request.model, request.config
+    kind = type(model)
+    if not isinstance(request.cache, KV4Cache):
+        return "the cache is not a KV4Cache"
+    if synced_gpus:
+        return "GPUs are to step in turn (synced_gpus)"
+    if config.output_attentions or config.output_hidden_states:
+        return "attentions or hidden states are asked for"
+    if config.is_assistant or not request.kwargs.get("use_cache", True):
+        return "it generates without a cache, or drafts for another model"
+    if request.input_ids.shape[1] == 0 or request.input_ids.device != model.device:
+        return "the prompt is not given as tokens on the model's device"
+    own = kind.prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    if own or model.is_remote_code() or hasattr(model, "create_masks_for_generate"):
+        return f"{kind.__name__} prepares the inputs of a step by itself"
+    position = request.kwargs.get("position_ids")
+    if not isinstance(position, torch.Tensor) or position.dim() != 2:
+        return f"{kind.__name__} takes no position of each token"
+    others = {k for k, v in request.kwargs.items() if v is not None and v is not False}
+    if others - FORWARDED:
+        return f"an argument that changes from step to step: {', '.join(others - FORWARDED)}"
+    return None
