@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from qoqc.config import cache_dir
 from qoqc.errors import ArtifactError
+
+LOCK_S = 10.0
+"""How long to wait for another process that writes the same directory: it may be about to end."""
 
 
 @contextmanager
@@ -31,6 +37,26 @@ def publish(target: Path, *, overwrite: bool, is_ours: Callable[[Path], bool]) -
         _swap(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def locked(target: Path, timeout: float = LOCK_S) -> Iterator[None]:
+    """Hold the right to write `target`, among the processes of a user that ask for it.
+
+    Raises ArtifactError if another has it for `timeout` seconds more. Lock files are kept in the
+    cache directory and stay: removing one would let two processes hold it. One left by a process
+    that died locks nothing.
+    """
+    folder = cache_dir() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(os.fsencode(target.resolve())).hexdigest()[:16]
+    try:
+        with FileLock(folder / f"{name}.lock", timeout=timeout):
+            yield
+    except Timeout:
+        raise ArtifactError(
+            f"another process is writing {target}; wait for it, or choose another name"
+        ) from None
 
 
 def require_free(target: Path, *, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
@@ -80,9 +106,10 @@ def _sync_entry(path: Path) -> None:
 def checksum(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(1 << 20))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
 
 

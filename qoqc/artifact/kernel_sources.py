@@ -11,9 +11,19 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qoqc.codegen.build import OPS, generate
-from qoqc.codegen.kernels import act_quantize, attention, attention_decode, norm_call
+from qoqc.codegen.family import Family, Tile
+from qoqc.codegen.kernels import (
+    act_quantize,
+    attention,
+    attention_decode,
+    norm_call,
+    rotate_append_call,
+    step_call,
+)
 from qoqc.codegen.kernels.quantize import QuantizeSpec
-from qoqc.codegen.tuning.choose import known
+from qoqc.codegen.tuning import table
+from qoqc.codegen.tuning.choose import bucket, known
+from qoqc.errors import OptionError
 from qoqc.ir import ops
 from qoqc.ir.spec import LinearSpec
 from qoqc.passes.match import argument, example, is_call
@@ -63,7 +73,21 @@ def wanted(gm: GraphModule) -> list[Wanted]:
             found[Wanted("kv_append", cache)] = None
         if is_call(node, ops.kv4_attention):
             found.update(dict.fromkeys(_attention(node)))
+        if is_call(node, ops.kv4_rotate_append):
+            append: Any = rotate_append_call.Append(*_values(node))
+            found[Wanted("kv_rotate_append", rotate_append_call.spec_of(append))] = None
+        if is_call(node, ops.kv4_decode):
+            step: Any = step_call.Step(*_values(node))
+            step_spec = step_call.spec_of(step)
+            names = ("step_append", "step_attend", "step_combine")
+            # many sequences have their parts added up where they meet, which takes one kernel less
+            found.update(dict.fromkeys(Wanted(name, step_spec) for name in names))
     return list(found)
+
+
+def _values(node: Node) -> list[Any]:
+    """The arguments of a call, tensors by their example."""
+    return [example(arg) if isinstance(arg, Node) else arg for arg in node.args]
 
 
 def _attention(node: Node) -> list[Wanted]:
@@ -83,13 +107,54 @@ def _attention(node: Node) -> list[Wanted]:
     return [Wanted("attention_decode", spec), Wanted("attention_combine", spec)]
 
 
-def sources(kernels: Sequence[Wanted], device: torch.device) -> dict[str, str]:
-    """Source text by file name, for the GPU `device`, or for NOMINAL ones if it is a CPU."""
-    keys = (device_key(device),) if device.type == "cuda" else NOMINAL
-    texts: dict[str, str] = {}
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A kernel as it is generated: for launches of about `size` tokens on `device`.
+
+    known  the choice comes from a tuning table, not from a heuristic
+    """
+
+    wanted: Wanted
+    family: Family
+    tile: Tile
+    size: int
+    device: DeviceKey
+    known: bool
+    source: str
+
+    @property
+    def stem(self) -> str:
+        """Its file name without extension: the same source has the same name."""
+        return f"{self.family.name}-{hashlib.sha256(self.source.encode()).hexdigest()[:8]}"
+
+
+def devices(device: torch.device, archs: Sequence[int] = ()) -> tuple[DeviceKey, ...]:
+    """What kernels are chosen for: the GPU `device` if it is one, and a nominal one per arch.
+
+    Neither given: all of NOMINAL. Raises OptionError for an arch that NOMINAL has no part for.
+    """
+    nominal = {key.arch: key for key in NOMINAL}
+    for arch in archs:
+        if arch not in nominal:
+            names = ", ".join(f"sm_{known}" for known in nominal)
+            raise OptionError(f"arch sm_{arch}: expected {names}")
+    here = (device_key(device),) if device.type == "cuda" else ()
+    rest = archs or ([] if here else list(nominal))
+    return (*here, *(nominal[arch] for arch in rest if arch not in {key.arch for key in here}))
+
+
+def choices(kernels: Sequence[Wanted], keys: Sequence[DeviceKey]) -> list[Choice]:
+    """Form, tile and source of every kernel at each of SIZES for each device."""
+    found = []
+    texts: dict[tuple[str, Any, Tile], str] = {}
     for kernel in kernels:
-        choices = (known(OPS[kernel.op], kernel.spec, size, key) for key in keys for size in SIZES)
-        for family, tile in choices:
-            text = generate(family, kernel.spec, tile)
-            texts[f"{family.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.py"] = text
-    return texts
+        op = OPS[kernel.op]
+        for key in keys:
+            for size in SIZES:
+                family, tile = known(op, kernel.spec, size, key)
+                in_table = table.look_up(op, kernel.spec, bucket(size), key) is not None
+                same = (family.name, kernel.spec, tile)
+                if same not in texts:
+                    texts[same] = generate(family, kernel.spec, tile)
+                found.append(Choice(kernel, family, tile, size, key, in_table, texts[same]))
+    return found

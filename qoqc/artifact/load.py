@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +9,15 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
+from qoqc.artifact.huggingface import attach, made_with
+from qoqc.artifact.modules import largest_first, open_modules, owner_of
 from qoqc.artifact.packed_file import PackedFile
 from qoqc.config import Options
 from qoqc.errors import ArtifactError
-from qoqc.runtime.weights import STORE, WeightRef
+from qoqc.runtime.packed_linear import released_parameter
 
 
 def load_model(
@@ -25,16 +26,15 @@ def load_model(
     """The model of an artifact, ready for qoqc.compile, and the options it was made with.
 
     Packed weights wait in STORE; the Parameters they belong to read as NaN. Peak memory on the
-    device: the artifact's tensors, one NaN buffer and one empty tensor of the largest weight.
+    device: the artifact's tensors, and one NaN buffer as large as the largest weight.
     Raises ArtifactError if the artifact is missing, damaged, of another version, or needs a
     class that this transformers does not have.
     """
     with PackedFile(Path(directory), torch.device(device)) as file:
+        options = made_with(file.manifest)
         model = _build(file)
         _fill(model, file)
-    # a dump directory belongs to a process, not to the model
-    options = dataclasses.replace(Options.parse(file.manifest.options), dump=None)
-    model.qoqc_options = options
+    attach(model, file.manifest, file.directory)
     return model.eval().requires_grad_(False), options
 
 
@@ -63,9 +63,16 @@ def _build(file: PackedFile) -> Any:
             f"{transformers.__version__} does not have; it was made with "
             f"{file.manifest.versions.get('transformers')}"
         )
-    config = kind.config_class.from_pretrained(file.directory)
-    with _NoValues():
-        model = kind._from_config(config)
+    try:
+        config = kind.config_class.from_pretrained(file.directory)
+        # the packed modules are put in here, not by transformers
+        del config.quantization_config
+        with _NoValues():
+            model = kind._from_config(config)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{file.directory}: {name} cannot be built from config.json: {error}"
+        ) from error
     if (file.directory / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(file.directory)
     return model
@@ -74,22 +81,22 @@ def _build(file: PackedFile) -> Any:
 def _fill(model: Any, file: PackedFile) -> None:
     """Put every tensor of the artifact in its place and check that none is left out."""
     manifest = file.manifest
-    # the largest first: all released weights share one NaN buffer as large as the largest
-    order = sorted(manifest.weights.items(), key=lambda item: -item[1].shape[0] * item[1].shape[1])
-    for name, entry in order:
-        empty = torch.empty(entry.shape, dtype=entry.torch_dtype, device=file.device)
-        param = Parameter(empty, requires_grad=False)
-        ref = WeightRef(param, entry.transposed, name)
-        STORE.adopt(ref, file.packed(name))
-        STORE.release(STORE.bundle([ref], entry.group_size), [param])
-        _place(model, name, param, file)
+    modules = open_modules(model, manifest, file.directory)
+    for name, module in largest_first(modules):
+        module.seal(name, file.packed(name))
+    for name, entry in manifest.weights.items():
+        if name not in modules:  # of another kind of module, which runs compiled only
+            packed = file.packed(name)
+            param = released_parameter(name, packed, entry.torch_dtype, entry.transposed)
+            _place(model, name, param, file)
     for name in manifest.tensors:
         _place(model, name, file.tensor(name), file)
     for alias, name in manifest.aliases.items():
-        _place(model, alias, model.get_parameter(name), file)
+        owner, leaf = owner_of(model, name, file.directory)
+        _place(model, alias, getattr(owner, leaf), file)
     for name, buffer in model.named_buffers():
         if buffer.device != file.device and not buffer.is_meta:
-            owner, leaf = _owner(model, name)
+            owner, leaf = owner_of(model, name, file.directory)
             setattr(owner, leaf, buffer.to(file.device))
     tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = [name for name, tensor in tensors if tensor.is_meta]
@@ -99,13 +106,8 @@ def _fill(model: Any, file: PackedFile) -> None:
 
 def _place(model: Any, name: str, value: torch.Tensor, file: PackedFile) -> None:
     """Replace the parameter or buffer `name` of the model by `value`, of the same shape."""
-    try:
-        owner, leaf = _owner(model, name)
-        old = getattr(owner, leaf)
-    except AttributeError as error:
-        raise ArtifactError(
-            f"{file.directory} holds {name}, which {type(model).__name__} does not have"
-        ) from error
+    owner, leaf = owner_of(model, name, file.directory)
+    old = getattr(owner, leaf)
     if old.shape != value.shape:
         raise ArtifactError(
             f"{name} has shape {list(value.shape)} in {file.directory} and {list(old.shape)} in "
@@ -114,8 +116,3 @@ def _place(model: Any, name: str, value: torch.Tensor, file: PackedFile) -> None
     if isinstance(old, Parameter) and not isinstance(value, Parameter):
         value = Parameter(value, requires_grad=False)
     setattr(owner, leaf, value)
-
-
-def _owner(model: Module, name: str) -> tuple[Module, str]:
-    parent, _, leaf = name.rpartition(".")
-    return model.get_submodule(parent), leaf

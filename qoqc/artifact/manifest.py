@@ -5,24 +5,38 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from qoqc.artifact.folder import checksum
+from qoqc.artifact.checked import Shard, require_plain_names, verify_files
+from qoqc.config import Options, Verify
 from qoqc.errors import ArtifactError
 from qoqc.ir.spec import GROUP, OUTPUT_DTYPES, TILE_N
-from qoqc.pipeline import Report
 from qoqc.quant.pack import ceil_div
 from qoqc.quant.weight import PackedWeight
 
-FORMAT = 1
-"""Version of the artifact format; a reader takes exactly its own."""
+if TYPE_CHECKING:  # the compiler is more than a reader of manifests should import
+    from qoqc.pipeline import Report
+
+FORMAT = 2
+"""Version of the artifact format; a reader takes exactly its own. 1: one file of weights, packed
+ones under the Parameter's whole name, no quantization_config: compile such a model again."""
 
 PATH = "qoqc/manifest.json"
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 KERNELS = "qoqc/kernels"
+TUNING = "qoqc/tuning"
+CARD = "README.md"
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+
+MAX_BYTES = 64 << 20
+"""Of a manifest: a thousand times that of a model of 200 linears."""
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in OUTPUT_DTYPES}
 
@@ -55,6 +69,20 @@ class WeightEntry:
         """The dtype of the Parameter."""
         return _DTYPES[self.dtype]
 
+    @classmethod
+    def read(cls, name: str, raw: Mapping[str, Any]) -> WeightEntry:
+        """The entry in a manifest; ValueError if it is not one."""
+        entry = cls(**raw)
+        sizes = (entry.out_features, entry.in_features)
+        if (
+            not all(type(size) is int and 0 < size < 2**31 for size in sizes)
+            or entry.group_size not in (GROUP, -1)
+            or type(entry.transposed) is not bool
+            or entry.dtype not in _DTYPES
+        ):
+            raise ValueError(f"{name}: {entry} is not a packed weight")
+        return entry
+
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each stored tensor, by its suffix; layouts in quant/weight.py."""
         n, tiles = self.out_features, ceil_div(self.in_features, GROUP)
@@ -79,6 +107,9 @@ class Manifest:
     weights       packed weights by Parameter name
     tensors       names of the tensors stored as they are
     aliases       names that stand for another name's tensor (tied weights)
+    shards        the weight files by name, each with what tells it from another cheaply
+    base_model    what was compiled, as the user named it
+    kernels       the generated kernels: file, op, form, spec, size, tile, device
     graphs        per captured graph: name, counts, refusals
     bytes_before  size of all parameters in the model that was compiled
     bytes_after   size of the stored tensors
@@ -97,6 +128,9 @@ class Manifest:
     bytes_before: int
     bytes_after: int
     files: dict[str, str]
+    shards: dict[str, Shard]
+    base_model: str | None = None
+    kernels: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     recipe: dict[str, Any] | None = None
     gate: dict[str, Any] | None = None
 
@@ -111,13 +145,17 @@ class Manifest:
     def read(cls, directory: Path) -> Manifest:
         """Read it from `directory`, which it does not look at otherwise.
 
-        Raises ArtifactError if it is missing, damaged or of another format version.
+        Raises ArtifactError if it is missing, damaged, of another format version, or names files
+        outside the directory.
         """
         path = directory / PATH
         if not directory.is_dir():
             raise ArtifactError(f"{directory} is not a directory")
         try:
-            body = json.loads(path.read_text())
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+                raise ValueError(f"it is no file of at most {MAX_BYTES} bytes")
+            body = json.loads(path.read_bytes())
             version = body.pop("format")
             if version != FORMAT:
                 raise ArtifactError(
@@ -126,24 +164,50 @@ class Manifest:
                 )
             if body.pop("digest") != _digest({"format": version, **body}):
                 raise ArtifactError(f"{path} is damaged: its digest does not fit its contents")
-            weights = {name: WeightEntry(**entry) for name, entry in body.pop("weights").items()}
-            return cls(weights=weights, **body)
+            return cls._of(body)
         except FileNotFoundError:
             raise ArtifactError(f"{directory} is no artifact: it has no {PATH}") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ArtifactError(f"{path} is damaged: {error}") from error
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ArtifactError(f"{path} is damaged: {error!r:.200}") from error
 
-    def verify(self, directory: Path) -> None:
-        """Raise ArtifactError unless every file is there with the checksum it was written with."""
-        for name, expected in self.files.items():
-            path = directory / name
-            if not path.is_file():
-                raise ArtifactError(f"{directory}: {name} is missing; compile the model again")
-            if checksum(path) != expected:
-                raise ArtifactError(
-                    f"{directory}: {name} is damaged (its SHA-256 is not the recorded one); "
-                    "compile the model again"
-                )
+    def verify(self, directory: Path, mode: Verify = "full") -> int:
+        """Compare the files with their checksums; returns how many.
+
+        The card is for people to edit and is left out. Generated kernels and tuning entries may
+        be missing, they are made again; in a cache of the Hub, which holds what was asked for,
+        all but the config and the weights may.
+        Raises ArtifactError, naming the first file that is missing or damaged.
+        """
+        files = {name: digest for name, digest in self.files.items() if name != CARD}
+        if directory.parent.name == "snapshots":
+            optional = files.keys() - {CONFIG, *self.shards}
+        else:
+            optional = {name for name in files if name.startswith((KERNELS, TUNING))}
+        return verify_files(directory, files, self.shards, mode, optional=optional)
+
+    @classmethod
+    def _of(cls, body: dict[str, Any]) -> Manifest:
+        """From its JSON. A digest tells damage only: whoever edits a manifest can renew it."""
+        for name in ("versions", "aliases", "files"):
+            texts = [*body[name], *body[name].values()]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name} is not an object of strings")
+        if not all(isinstance(name, str) for name in [body["architecture"], *body["tensors"]]):
+            raise ValueError("architecture or tensors are not strings")
+        if not {"group_size", "kv_bits", "kv_layers"} <= body["options"].keys():
+            raise ValueError("options lack group_size, kv_bits or kv_layers")
+        Options.parse(body["options"])
+        for name, kind in (("graphs", list), ("kernels", list), ("recipe", dict), ("gate", dict)):
+            if not (isinstance(body[name], kind) or (kind is dict and body[name] is None)):
+                raise ValueError(f"{name} is not a {kind.__name__}")
+        if not all(type(body[name]) is int for name in ("bytes_before", "bytes_after")):
+            raise ValueError("sizes are not integers")
+        weights = {name: WeightEntry.read(name, raw) for name, raw in body.pop("weights").items()}
+        shards = {name: Shard.read(raw) for name, raw in body.pop("shards").items()}
+        require_plain_names([*body["files"], *shards])
+        if not shards.keys() <= body["files"].keys():
+            raise ValueError("a weight file has no checksum")
+        return cls(weights=weights, shards=shards, **body)
 
 
 def graph_entry(report: Report) -> dict[str, Any]:
@@ -153,6 +217,24 @@ def graph_entry(report: Report) -> dict[str, Any]:
         "counts": report.counts,
         "refusals": [dataclasses.asdict(refusal) for refusal in report.refusals],
     }
+
+
+def quantization_config(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says about an artifact made with `options`: enough to recognize it."""
+    return {
+        "quant_method": "qoq",
+        "format": FORMAT,
+        "bits": 4,
+        "group_size": options["group_size"],
+        "activation_bits": 8,
+        "kv_bits": options["kv_bits"],
+        "kv_layers": list(options["kv_layers"]),
+    }
+
+
+def stored_name(name: str, field: str) -> str:
+    """The name in the weight files of a tensor of a packed weight, given its Parameter's."""
+    return f"{name.removesuffix('.weight')}.{field}"
 
 
 def is_artifact(directory: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qoqc.artifact.manifest import WEIGHTS, Manifest
+from qoqc.artifact.manifest import Manifest, stored_name
+from qoqc.config import verify_mode
 from qoqc.errors import ArtifactError
 from qoqc.quant.weight import PackedWeight
 
@@ -24,19 +26,23 @@ class PackedFile:
         """Read the manifest; the tensors are opened on entry."""
         self.directory = directory
         self.device = device
-        self._file: Any = None
+        self._open = contextlib.ExitStack()
+        self._places: dict[str, Any] = {}
         self.manifest = Manifest.read(directory)
 
     def __enter__(self) -> PackedFile:
-        """Verify the checksums and open the tensors."""
-        self.manifest.verify(self.directory)
-        try:
-            opened: Any = safe_open(
-                self.directory / WEIGHTS, framework="pt", device=str(self.device)
-            )
-            self._file = opened.__enter__()
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{self.directory}: {WEIGHTS} is damaged: {error}") from error
+        """Verify the files and open those with tensors."""
+        self.manifest.verify(self.directory, verify_mode())
+        for name in self.manifest.shards:
+            try:
+                opened: Any = safe_open(
+                    self.directory / name, framework="pt", device=str(self.device)
+                )
+                file = self._open.enter_context(opened)
+                self._places.update(dict.fromkeys(file.keys(), file))
+            except (OSError, SafetensorError) as error:
+                self._open.close()
+                raise ArtifactError(f"{self.directory}: {name} is damaged: {error}") from error
         return self
 
     def __exit__(
@@ -45,8 +51,9 @@ class PackedFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the file."""
-        self._file.__exit__(kind, error, trace)
+        """Close the files."""
+        self._places.clear()
+        self._open.close()
 
     def require_group_size(self, group_size: int | None) -> None:
         """Raise ArtifactError if weights were packed with another group size; None takes any."""
@@ -63,7 +70,7 @@ class PackedFile:
         if found in self.manifest.weights:
             stored = self.manifest.weights[found].shape
         elif found in self.manifest.tensors:
-            stored = tuple(self._file.get_slice(found).get_shape())
+            stored = tuple(self._place(found).get_slice(found).get_shape())
         else:
             first = next(iter([*self.manifest.weights, *self.manifest.tensors]), "nothing")
             raise ArtifactError(
@@ -79,10 +86,7 @@ class PackedFile:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor that is stored as it is, by its name."""
-        try:
-            tensor: torch.Tensor = self._file.get_tensor(name)
-        except SafetensorError as error:
-            raise ArtifactError(f"{self.directory}: no tensor {name}: {error}") from error
+        tensor: torch.Tensor = self._place(name).get_tensor(name)
         # on a CPU it is a view of the mapped file: not aligned as an allocation is, which changes
         # the order of some floating-point sums, and gone if the file is cut short later
         return tensor.clone() if tensor.device.type == "cpu" else tensor
@@ -92,15 +96,18 @@ class PackedFile:
         entry = self.manifest.weights[name]
         parts = {}
         for suffix, (shape, dtype) in entry.expected().items():
-            tensor = self.tensor(f"{name}.{suffix}")
+            stored = stored_name(name, suffix)
+            tensor = self.tensor(stored)
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise ArtifactError(
-                    f"{self.directory}: {name}.{suffix} is {tensor.dtype} {list(tensor.shape)}, "
+                    f"{self.directory}: {stored} is {tensor.dtype} {list(tensor.shape)}, "
                     f"expected {dtype} {list(shape)}"
                 )
             parts[suffix] = tensor
         if not torch.isfinite(parts["channel_scale"]).all():
-            raise ArtifactError(f"{self.directory}: {name}.channel_scale is not finite")
+            raise ArtifactError(
+                f"{self.directory}: {stored_name(name, 'channel_scale')} is not finite"
+            )
         return PackedWeight(
             parts["qweight"],
             parts["channel_scale"],
@@ -109,3 +116,9 @@ class PackedFile:
             entry.out_features,
             entry.in_features,
         )
+
+    def _place(self, name: str) -> Any:
+        """The file a tensor is in."""
+        if name not in self._places:
+            raise ArtifactError(f"{self.directory}: no weight file holds {name}")
+        return self._places[name]

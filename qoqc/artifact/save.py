@@ -1,12 +1,14 @@
 """Artifacts: a compiled model as a directory that loads without the original weights.
 
-Beside what Hugging Face expects (config.json, tokenizer, model.safetensors): qoqc/manifest.json
-and qoqc/kernels/*.py. A packed weight is stored under its Parameter's name with the suffixes
-`.qweight`, `.channel_scale`, `.group_word` or `.channel_zero`; everything else under its own name.
+What Hugging Face expects (config.json, tokenizer, safetensors files, a card), and below qoqc/ the
+manifest, the kernels and the tuning entries they were chosen by. A packed weight of the module
+`up_proj` is stored as `up_proj.qweight`, `.channel_scale` and `.group_word` or `.channel_zero`;
+everything else under its own name.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.metadata
 import os
@@ -15,26 +17,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from qoqc.artifact.folder import checksum, files_below, publish, require_free
-from qoqc.artifact.kernel_sources import sources
+from qoqc.artifact.folder import locked, publish, require_free
+from qoqc.artifact.kernel_files import write_kernels
 from qoqc.artifact.manifest import (
-    KERNELS,
-    PATH,
-    WEIGHTS,
     Manifest,
     WeightEntry,
     graph_entry,
     is_artifact,
+    quantization_config,
+    stored_name,
 )
+from qoqc.artifact.shards import MAX_SHARD, write_shards
 from qoqc.artifact.survey import Progress, Survey, survey
+from qoqc.artifact.write import complete
 from qoqc.config import Options
 from qoqc.errors import ArtifactError
+from qoqc.runtime.packed_linear import named_tensors
 from qoqc.runtime.weights import STORE
 
-SAVED_OPTIONS = ("group_size", "kv_bits", "kv_layers", "prefill_kv", "exclude", "strict")
+SAVED_OPTIONS = ("group_size", "kv_bits", "kv_layers", "prefill_kv", "lm_head", "exclude", "strict")
 """The options that shape what is packed and how it runs; the others belong to one process."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What goes into an artifact beside the model.
+
+    recipe, gate    go into the manifest as they are, see there
+    base_model      what the model was made from, for the card
+    archs           compute capabilities (90 = sm_90) to compile the kernels for
+    max_shard_size  of a weight file: bytes, or a size such as "5GB"
+    """
+
+    recipe: dict[str, Any] | None = None
+    gate: dict[str, Any] | None = None
+    base_model: str | None = None
+    archs: tuple[int, ...] = ()
+    max_shard_size: int | str = MAX_SHARD
 
 
 def save(
@@ -45,53 +65,90 @@ def save(
     options: Options | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    recipe: dict[str, Any] | None = None,
-    gate: dict[str, Any] | None = None,
+    **extras: Any,
 ) -> Manifest:
     """Pack what is not packed yet and write the model as an artifact; returns its manifest.
 
     options    default: those that qoqc.compile was called with, else Options()
     overwrite  replace an artifact of that name (never another kind of directory)
-    recipe, gate  go into the manifest as they are, see there
+    extras     see Extras
 
-    Raises ArtifactError if the directory is taken, Unsupported for models the passes do not take.
+    Raises ArtifactError if the directory is taken, or another process writes it now; Unsupported
+    for models the passes do not take.
     """
-    target = Path(directory)
-    require_free(target, overwrite=overwrite, is_ours=is_artifact)
+    target, more = Path(directory), Extras(**extras)
     options = options or getattr(model, "qoqc_options", None) or Options()
-    found = survey(model, options, progress)
-    with publish(target, overwrite=overwrite, is_ours=is_artifact) as draft:
-        model.config.save_pretrained(draft)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(draft)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(draft)
-        manifest = _write_tensors(model, options, found, draft)
-        manifest = dataclasses.replace(manifest, recipe=recipe, gate=gate)
-        manifest.write(draft)
+    with locked(target):
+        require_free(target, overwrite=overwrite, is_ours=is_artifact)
+        found = survey(model, options, progress)
+        with publish(target, overwrite=overwrite, is_ours=is_artifact) as draft:
+            manifest = _write(model, tokenizer, options, found, more, draft)
     return manifest
 
 
-def _write_tensors(model: Any, options: Options, found: Survey, draft: Path) -> Manifest:
-    """Write the tensors and the kernels; returns the manifest of all that is in `draft`."""
+def _write(
+    model: Any, tokenizer: Any, options: Options, found: Survey, extras: Extras, draft: Path
+) -> Manifest:
+    """Write everything below `draft`; returns the manifest."""
+    chosen = {name: getattr(options, name) for name in SAVED_OPTIONS}
+    plain_options = {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    config.quantization_config = quantization_config(plain_options)
+    config.save_pretrained(draft)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(draft)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(draft)
+    tensors = _collect(model, found)
+    manifest = Manifest(
+        architecture=type(model).__name__,
+        versions=versions(),
+        options=plain_options,
+        weights=tensors.weights,
+        tensors=tensors.plain,
+        aliases=tensors.aliases,
+        graphs=[graph_entry(report) for report in found.reports],
+        bytes_before=tensors.bytes_before,
+        bytes_after=sum(t.numel() * t.element_size() for t in tensors.stored.values()),
+        files={},
+        shards=write_shards(tensors.stored, draft, extras.max_shard_size),
+        base_model=extras.base_model,
+        kernels=write_kernels(found.kernels, model.device, draft, extras.archs),
+        recipe=extras.recipe,
+        gate=extras.gate,
+    )
+    return complete(manifest, draft)
+
+
+@dataclasses.dataclass
+class _Tensors:
+    """The tensors of a model as they are stored, and what the manifest says of them."""
+
+    stored: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    weights: dict[str, WeightEntry] = dataclasses.field(default_factory=dict)
+    plain: list[str] = dataclasses.field(default_factory=list)
+    aliases: dict[str, str] = dataclasses.field(default_factory=dict)
+    bytes_before: int = 0
+
+
+def _collect(model: Any, found: Survey) -> _Tensors:
     refs = {id(ref.param): ref for ref in found.weights}
     names: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    weights: dict[str, WeightEntry] = {}
-    plain: dict[str, torch.Tensor] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    before = 0
-    for name, value in model.state_dict(keep_vars=True).items():
+    tensors = _Tensors()
+    for name, value in named_tensors(model):
         if id(value) in names:
-            aliases[name] = names[id(value)]
+            tensors.aliases[name] = names[id(value)]
             continue
         names[id(value)] = name
-        before += value.numel() * value.element_size()
+        tensors.bytes_before += value.numel() * value.element_size()
         if id(value) in refs:
-            packed = STORE.packed(value)
+            packed = STORE.packed(refs[id(value)].param)
             assert packed is not None, "survey() packs every weight it names"
-            weights[name] = WeightEntry.of(packed, refs[id(value)].transposed, value.dtype)
-            tensors.update({f"{name}.{k}": t for k, t in packed.tensors().items()})
+            tensors.weights[name] = WeightEntry.of(packed, refs[id(value)].transposed, value.dtype)
+            parts = packed.tensors().items()
+            tensors.stored.update({stored_name(name, field): part for field, part in parts})
         elif STORE.is_released(value):
             raise ArtifactError(
                 f"{name} was released after packing, and the options given now leave it in "
@@ -99,32 +156,10 @@ def _write_tensors(model: Any, options: Options, found: Survey, draft: Path) -> 
             )
         else:
             # a clone: views of one storage are written as tensors of their own
-            plain[name] = value.detach().clone(memory_format=torch.contiguous_format)
-    tensors.update(plain)
-    save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
-    # safetensors makes it readable for the owner only, unlike the files beside it
-    (draft / WEIGHTS).chmod((draft / "config.json").stat().st_mode)
-    _write_kernels(found, model.device, draft)
-    chosen = {name: getattr(options, name) for name in SAVED_OPTIONS}
-    return Manifest(
-        architecture=type(model).__name__,
-        versions=versions(),
-        options={k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()},
-        weights=weights,
-        tensors=list(plain),
-        aliases=aliases,
-        graphs=[graph_entry(report) for report in found.reports],
-        bytes_before=before,
-        bytes_after=sum(t.numel() * t.element_size() for t in tensors.values()),
-        files={name: checksum(path) for name, path in files_below(draft).items() if name != PATH},
-    )
-
-
-def _write_kernels(found: Survey, device: torch.device, draft: Path) -> None:
-    folder = draft / KERNELS
-    folder.mkdir(parents=True)
-    for name, text in sources(found.kernels, device).items():
-        (folder / name).write_text(text)
+            copied = value.detach().clone(memory_format=torch.contiguous_format)
+            tensors.stored[name] = copied
+            tensors.plain.append(name)
+    return tensors
 
 
 def versions() -> dict[str, str]:

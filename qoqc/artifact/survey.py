@@ -46,6 +46,8 @@ def survey(model: Any, options: Options, progress: Progress | None = None) -> Su
     cannot be captured.
     """
     STORE.note_tables_of(model)
+    # an artifact keeps the head in 16 bit: it is packed after loading, as its options say
+    options = dataclasses.replace(options, lm_head="16")
     collector = _Collector(options, progress)
     # Dynamo keeps compiled code with the code object and counts it there against a limit: one of
     # its own takes both along when the survey is over
@@ -141,9 +143,11 @@ class _CountingStore:
     def __getattr__(self, name: str) -> Any:
         return getattr(STORE, name)
 
-    def bundle(self, refs: Sequence[WeightRef], group_size: GroupSize) -> Bundle:
+    def bundle(
+        self, refs: Sequence[WeightRef], group_size: GroupSize, *, glu: bool = False
+    ) -> Bundle:
         """See WeightStore.bundle."""
-        found = STORE.bundle(refs, group_size)
+        found = STORE.bundle(refs, group_size, glu=glu)
         self._done += len(refs)
         self._progress(self._done, self._total)
         return found

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, cast
 
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.utils import counters
 from torch._guards import TracingContext
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx import Graph, GraphModule, Node
 
 _NAME_PART = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
@@ -78,12 +83,57 @@ def fake_input(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def compile_with_inductor(
-    gm: GraphModule, examples: Sequence[Any], mode: str
+    gm: GraphModule, examples: Sequence[Any], mode: str, cache_key: str
 ) -> Callable[..., Any]:
-    """Hand the rewritten graph to Inductor; qoqc ops stay opaque calls."""
+    """Hand the rewritten graph to Inductor; qoqc ops stay opaque calls.
+
+    AOTAutograd keeps graphs that call functions of qoqc's in its cache only if they are named,
+    with what is to be in the key for them. `cache_key` goes into the key for the ops too, whose
+    shape functions it does not look at either.
+    """
     patches = list_mode_options(mode)
+    patches["unsafe_marked_cacheable_functions"] = {
+        name: cache_key for name in sorted({"qoqc", *_own_functions(gm)})
+    }
     compiled: Any = compile_fx(gm, list(examples), config_patches=patches)
     return cast("Callable[..., Any]", compiled)
+
+
+def _own_functions(gm: GraphModule) -> list[str]:
+    """The Python functions of qoqc's that a graph calls, which Inductor traces into."""
+    targets = [node.target for node in gm.graph.nodes if node.op == "call_function"]
+    return [
+        f"{target.__module__}.{target.__name__}"
+        for target in targets
+        if isinstance(target, FunctionType) and target.__module__.startswith("qoqc.")
+    ]
+
+
+def inductor_directory() -> str | None:
+    """Where Inductor keeps its code, if the environment says so; not torch's default, which it
+    puts into the environment itself."""
+    found = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    return None if found == default_cache_dir() else found
+
+
+def driver_version() -> str:
+    """Of CUDA's driver, as CUDA numbers it (12080 = 12.8); only where there is a GPU.
+
+    From the driver's own library, which torch has loaded: no call of torch's gives it in all
+    releases (torch 2.11 has none). Raises OSError where there is no such library.
+    """
+    version = ctypes.c_int()
+    status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    if status:
+        raise OSError(f"cuDriverGetVersion failed with error {status}")
+    return str(version.value)
+
+
+def graphs_compiled() -> tuple[int, int]:
+    """How many graphs Inductor compiled in this process, and how many it took from its cache."""
+    found = counters["inductor"]
+    made = found["fxgraph_cache_miss"] + found["fxgraph_cache_bypass"]
+    return made, found["fxgraph_cache_hit"]
 
 
 def allow_graphs(count: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qoqc.artifact.folder import checksum, files_below, publish
+from qoqc.artifact.folder import checksum, files_below, locked, publish
 from qoqc.errors import ArtifactError
 
 KILLED = """
@@ -91,3 +91,29 @@ def test_checksum_and_listing(tmp_path: Path) -> None:
     # SHA-256 of "abc", from FIPS 180-2
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert checksum(files["inner/file"]) == expected
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from qoqc.artifact.folder import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_processes_do_not_write_the_same_directory(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    arguments = [sys.executable, "-c", HOLDER, str(target)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ArtifactError, match="another process is writing .*target"):
+            with locked(tmp_path / "." / "target", timeout=0.1):
+                pass
+        with locked(tmp_path / "other", timeout=0.1):
+            pass
+        holder.kill()
+    with locked(target, timeout=5):  # the dead hold nothing
+        assert list(tmp_path.iterdir()) == []

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qoqc
 from qoqc.artifact import save as saving
+from qoqc.artifact import shards
+from qoqc.artifact.checked import Shard
 from qoqc.artifact.folder import checksum
 from qoqc.artifact.load import load_model
-from qoqc.artifact.manifest import FORMAT, KERNELS, PATH, WEIGHTS, Manifest
+from qoqc.artifact.manifest import CARD, FORMAT, KERNELS, PATH, WEIGHTS, Manifest
 from qoqc.artifact.packed_file import PackedFile
 from qoqc.codegen.kernels.gemm_forms import GEMM
 from qoqc.config import Options
@@ -107,7 +109,8 @@ def test_contents(saved: tuple[Path, list[int]]) -> None:
     manifest = Manifest.read(directory)
     tensors = load_file(directory / WEIGHTS)
     name = "model.layers.0.mlp.up_proj.weight"
-    stored = {key.removeprefix(f"{name}.") for key in tensors if key.startswith(name)}
+    module = name.removesuffix("weight")
+    stored = {key.removeprefix(module) for key in tensors if key.startswith(module)}
     assert stored == {"qweight", "channel_scale", "group_word"}
     assert name not in tensors
     assert "lm_head.weight" not in tensors, "tied weights are stored once"
@@ -120,7 +123,7 @@ def test_contents(saved: tuple[Path, list[int]]) -> None:
     assert reasons == {("model.embed_tokens", True)}
     assert {"config.json", "tokenizer.json", "chat_template.jinja", WEIGHTS} <= set(manifest.files)
     suffixes = {path.suffix for path in directory.rglob("*") if path.is_file()}
-    assert suffixes == {".json", ".jinja", ".safetensors", ".py"}
+    assert suffixes == {".json", ".jinja", ".md", ".safetensors", ".py"}, "no pickle, no binaries"
 
 
 def test_kernels_are_there_for_every_shape(saved: tuple[Path, list[int]]) -> None:
@@ -140,10 +143,10 @@ def test_kernels_are_there_for_every_shape(saved: tuple[Path, list[int]]) -> Non
     assert shapes == {(256, 512), (256, 256), (256, 1024), (512, 256)}
     families = {file.name.rsplit("-", 1)[0] for file in files}
     # the prefill of an empty cache attends to its own keys: no kernel of ours
-    attention = {"kv_append", "attention_decode", "attention_combine"}
+    attention = {"kv_rotate_append", "step_append", "step_attend", "step_combine"}
     gemms = {form.name for form in GEMM.forms} & families
     assert gemms
-    assert families == gemms | {"quantize", "norm_quantize", "act_quantize"} | attention
+    assert families == gemms | {"quantize", "norm_quantize"} | attention
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json", PATH])
@@ -165,11 +168,18 @@ def test_damage_is_an_error(copy: Path, name: str, damage: str) -> None:
     assert "\n" not in message
 
 
-def test_a_removed_kernel_is_an_error(copy: Path) -> None:
+def test_an_edited_kernel_is_an_error_and_a_removed_one_is_not(copy: Path) -> None:
     first = next((copy / KERNELS).iterdir())
-    first.unlink()
-    with pytest.raises(ArtifactError, match=f"{first.name} is missing"):
+    first.write_text(first.read_text() + "\nraise SystemExit('foreign code')\n")
+    with pytest.raises(ArtifactError, match=f"{first.name} is damaged"):
         load_model(copy)
+    first.unlink()
+    load_model(copy)  # kernels are generated from qoqc's own templates
+
+
+def test_the_card_may_be_edited(copy: Path) -> None:
+    (copy / CARD).write_text("# My model\n")
+    load_model(copy)
 
 
 def test_foreign_version(copy: Path) -> None:
@@ -192,7 +202,8 @@ def resealed(copy: Path, tensors: dict[str, torch.Tensor], **changes: Any) -> No
     save_file(tensors, copy / WEIGHTS)
     manifest = Manifest.read(copy)
     files = {**manifest.files, WEIGHTS: checksum(copy / WEIGHTS)}
-    fields = {**vars(manifest), "files": files, **changes}
+    sizes = {WEIGHTS: Shard.of(copy / WEIGHTS)}
+    fields = {**vars(manifest), "files": files, "shards": sizes, **changes}
     Manifest(**fields).write(copy)
 
 
@@ -202,13 +213,13 @@ def resealed(copy: Path, tensors: dict[str, torch.Tensor], **changes: Any) -> No
         ("qweight", torch.zeros(1, 2, 128, 64, dtype=torch.uint8), "expected torch.uint8"),
         ("channel_scale", torch.full((512,), torch.nan), "not finite"),
         ("group_word", torch.zeros(2, 512, dtype=torch.int64), "expected torch.int32"),
-        ("group_word", None, "no tensor"),
+        ("group_word", None, "no weight file holds"),
     ],
 )
 def test_wrong_tensors_are_an_error(
     copy: Path, suffix: str, value: torch.Tensor | None, message: str
 ) -> None:
-    name = f"model.layers.0.mlp.up_proj.weight.{suffix}"
+    name = f"model.layers.0.mlp.up_proj.{suffix}"
     tensors = load_file(copy / WEIGHTS)
     del tensors[name]
     if value is not None:
@@ -346,7 +357,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(saving, "save_file", no_space)
+    monkeypatch.setattr(shards, "save_file", no_space)
     with pytest.raises(OSError, match="No space left"):
         saving.save(tiny_model("llama"), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
