@@ -47,7 +47,7 @@ gpu: $(STAMP)
 	$(PY) examples/chat.py $(MODEL)
 
 bench: $(STAMP)
-	$(PY) benchmarks/generate.py --shape llama-3-8b --batch 1 64
+	$(PY) -m qoqc bench --shape llama-3-8b --batch 1,64 --breakdown 1,64 --prefill 8x1024
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

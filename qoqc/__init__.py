@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from qoqc.registration import register
+
 __version__ = "0.1.0"
 
 _LAZY = {
@@ -20,3 +22,6 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'qoqc' has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+register()

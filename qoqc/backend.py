@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule
+from torch.nn import Parameter
 
 from qoqc.artifact.adopt import adopt_weights
 from qoqc.config import Options
 from qoqc.pipeline import compile_graph
 from qoqc.runtime.dynamo import allow_graphs, warn_on_uncompiled_generate
+from qoqc.runtime.weights import STORE
 
 MAX_GRAPHS = 64
 """Kinds of cache, batch 1 and more, fixed and any length each take two; torch's limit is 8, and
@@ -32,9 +35,21 @@ def qoq(
     """
     allow_graphs(MAX_GRAPHS)
     parsed = Options.parse({**(options or {}), **({} if mode is None else {"mode": mode})})
+    if "group_size" not in (options or {}):
+        parsed = dataclasses.replace(parsed, group_size=_packed_as(example_inputs, parsed))
     if parsed.artifact is not None:
         adopt_weights(parsed.artifact, gm, example_inputs, parsed.group_size)
     return compile_graph(gm, example_inputs, parsed)
+
+
+def _packed_as(example_inputs: Sequence[Any], parsed: Options) -> Literal[128, -1]:
+    """The group size of weights that have no 16-bit values any more, else the default."""
+    for value in example_inputs:
+        if isinstance(value, Parameter) and STORE.is_released(value):
+            packed = STORE.packed(value)
+            if packed is not None:
+                return packed.group_size
+    return parsed.group_size
 
 
 def _is_qoq(backend: Any) -> bool:

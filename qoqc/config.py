@@ -1,10 +1,12 @@
-"""Settings: the options of the backend and the two environment switches. Read nowhere else.
+"""Settings: the options of the backend and the environment switches. Read nowhere else.
 
 | name         | meaning                                                               |
 |--------------|-----------------------------------------------------------------------|
 | QOQC_DUMP    | directory for numbered graphs, generated kernels and the report       |
 | QOQC_CACHE   | directory for generated kernel sources (default: ~/.cache/qoqc)       |
 | QOQC_LOG     | level for the `qoqc` logger (DEBUG, INFO, WARNING; default WARNING)    |
+| QOQC_VERIFY  | checks when an artifact is loaded: full (default), or lazy = of weight |
+|              | files only size and header                                            |
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 from qoqc.errors import OptionError
+
+Verify = Literal["full", "lazy"]
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -30,31 +34,39 @@ class Options:
     prefill_kv    what the tokens of a prefill chunk attend to among themselves: their "exact"
                   16-bit keys and values, or the "quantized" ones a later read would give.
                   With "quantized" a forward without a cache quantizes too (perplexity runs).
+    lm_head       the output head: "16" leaves it in 16 bit; "w8a8" and "w4a8" quantize it. Of one
+                  that is tied to the embedding they pack a copy, and the embedding stays.
     exclude       fnmatch patterns of module names whose linears stay in 16 bit.
     strict        a linear or attention left in 16 bit is an error, not a line of the report.
     tune          tile choice of the generated kernels: "heuristic", or "search" on the device.
-    mode          Inductor's mode; "reduce-overhead" turns CUDA graphs on. An option, because torch
-                  takes its own `mode` argument only where there are no options.
+    mode          Inductor's mode; "reduce-overhead" turns its CUDA graphs on. An option, because
+                  torch takes its own `mode` argument only where there are no options.
+    graphs        generate() of a model that qoqc.compile compiled replays whole decode steps as
+                  CUDA graphs, in the place of Inductor's (GPUs, and caches of qoqc's).
     glue          who compiles what is left of the graph: "inductor", or "eager" (debugging).
     release       drop the 16-bit storage of the packed weights after packing.
     artifact      directory of a compiled model whose packed weights are used instead of packing.
     dump          directory for numbered graphs, kernels and the report (or QOQC_DUMP).
+    require_cached  an error if a graph or a kernel is not in the caches of compiled code.
     """
 
     group_size: Literal[128, -1] = 128
     kv_bits: Literal[4, 8, 16] = 4
     kv_layers: tuple[Literal[4, 8, 16], ...] = ()
     prefill_kv: Literal["exact", "quantized"] = "exact"
+    lm_head: Literal["16", "w8a8", "w4a8"] = "16"
     exclude: tuple[str, ...] = ()
     strict: bool = False
     tune: Literal["heuristic", "search"] = "heuristic"
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
         "default"
     )
+    graphs: bool = True
     glue: Literal["inductor", "eager"] = "inductor"
     release: bool = False
     artifact: str | None = None
     dump: str | None = None
+    require_cached: bool = False
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any] | None) -> Options:
@@ -125,3 +137,36 @@ def log_level() -> str:
     if level not in LOG_LEVELS:
         raise OptionError(f"QOQC_LOG={level!r}: expected one of {', '.join(LOG_LEVELS)}")
     return level
+
+
+def verify_mode() -> Verify:
+    """How much of an artifact is compared with its checksums at load; OptionError if unknown."""
+    mode = os.environ.get("QOQC_VERIFY", "full")
+    for choice in get_args(Verify):
+        if mode == choice:
+            return cast("Verify", choice)
+    raise OptionError(f"QOQC_VERIFY={mode!r}: expected one of {', '.join(get_args(Verify))}")
+
+
+def private_cache_dir(name: str) -> Path:
+    """The directory `name` of the cache, made if need be, which only its owner can write to.
+
+    For what is executed: Triton reads a kernel's source from its file. Raises OptionError if
+    others could have put something there.
+    """
+    root = cache_dir()
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (root / name).mkdir(mode=0o700, exist_ok=True)
+    for path in (root, root / name):
+        status = path.stat()
+        if status.st_mode & 0o022:
+            raise OptionError(
+                f"{path} is writable by others, and code in it is executed; chmod go-w {path}, or "
+                "set QOQC_CACHE to another directory"
+            )
+        if os.getuid() not in (0, status.st_uid) and status.st_uid != 0:
+            raise OptionError(
+                f"{path} belongs to another user, and code in it is executed; set QOQC_CACHE to "
+                "another directory"
+            )
+    return root / name

@@ -29,3 +29,7 @@ class ArtifactError(QoqcError):
 
 class VerifyError(QoqcError):
     """A rewritten graph breaks one of the rules in ir/verify.py: a bug in a pass."""
+
+
+class NotCached(QoqcError):
+    """Something had to be compiled although the option require_cached says that nothing may be."""

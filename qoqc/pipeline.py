@@ -19,6 +19,8 @@ from qoqc.errors import Unsupported
 from qoqc.log import dump, get_logger
 from qoqc.passes import manager
 from qoqc.passes.context import Context, Refusal
+from qoqc.runtime.compile_cache import activate, digest, key_parts
+from qoqc.runtime.compile_count import graph_from_cache
 from qoqc.runtime.dynamo import compile_with_inductor, copy_graph, fake_input
 from qoqc.runtime.executable import Executable, Slot
 from qoqc.runtime.weights import Bundle
@@ -62,9 +64,10 @@ def compile_graph(
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     ctx = Context.of(placeholders, example_inputs, options)
     manager.run(gm, ctx, name)
+    activate(_device(example_inputs))
     lower(gm, ctx.bound, _device(example_inputs), options)
     _require_unreleased(ctx, gm)
-    executable = _bind(gm, ctx)
+    executable = _bind(gm, ctx, name)
     if options.release:
         for bundle, nodes in ctx.bundles:
             ctx.store.release(bundle, [ctx.values[node] for node in nodes])
@@ -76,7 +79,7 @@ def compile_graph(
     return executable
 
 
-def _bind(gm: GraphModule, ctx: Context) -> Executable:
+def _bind(gm: GraphModule, ctx: Context, name: str) -> Executable:
     """Compile what is left and remember which arguments it takes from whom."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     kept = [node for node in placeholders if node not in ctx.bound]
@@ -87,8 +90,10 @@ def _bind(gm: GraphModule, ctx: Context) -> Executable:
         run = gm.forward
     else:
         examples = [ctx.values[n] for n in kept] + [fake_input(ctx.bound[n]) for n in bound]
-        with torch.no_grad():
-            run = compile_with_inductor(gm, examples, ctx.options.mode)
+        required = ctx.options.require_cached
+        cache_key = digest(key_parts(_device([ctx.values[n] for n in kept])))
+        with torch.no_grad(), graph_from_cache(name, required=required):
+            run = compile_with_inductor(gm, examples, ctx.options.mode, cache_key)
     tensors = [ctx.bound[n] for n in bound]
     slots = [
         Slot(bundle, tuple(ctx.index[n] for n in nodes), _fields(bundle, tensors))

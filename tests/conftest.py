@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,13 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads it when it is first imported, which is after this file
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# graphs compiled by earlier sessions are used again: qoqc would keep them in its own cache, which
+# is another one in every session
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/qoqc-tests-{getpass.getuser()}"
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,7 +36,8 @@ QUICK_FAMILIES = frozenset(
 """Enough kinds of structure for `make check`."""
 
 FAMILY_TESTS = frozenset(
-    {"structure", "folds", "test_fuse_norm.py", "test_fuse_act.py", "test_families.py"}
+    {"structure", "folds", "test_fuse_norm.py", "test_fuse_act.py", "test_rotary.py"}
+    | {"test_families.py"}
 )
 """Folders and files whose tests of the other families have the marker slow."""
 

@@ -32,10 +32,14 @@ AnyArgument = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto = cuda if there is one")]
 GroupSize = Annotated[int, typer.Option(help="Weights per group: 128, or -1 = per channel")]
 KvBits = Annotated[int, typer.Option(help="Bits of the KV cache: 4, 8 or 16")]
+LmHead = Annotated[
+    str | None, typer.Option(help="16, w8a8 or w4a8; default: the artifact's, or 16")
+]
 Exclude = Annotated[
     list[str], typer.Option(metavar="PATTERN", help="Linears left in 16 bit; may be repeated")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="A node left in 16 bit is an error")]
+MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Of a weight file: 5GB, 500MB")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bf16, fp16 or fp32")]
 
 
@@ -79,17 +83,22 @@ def compile_command(
     max_ppl_increase: Annotated[
         float | None, typer.Option(metavar="PERCENT", help="Exit code 1 if it rises by more")
     ] = None,
+    max_shard_size: MaxShardSize = "5GB",
+    arch: Annotated[
+        str, typer.Option(metavar="LIST", help="Compile kernels for GPUs: sm_80,sm_89,sm_90")
+    ] = "",
 ) -> None:
     """Pack MODEL to 4 bit and write an artifact that loads without the original weights.
 
     With --calibrate by the QoQ algorithm, and judged next to the 16-bit model; else rounded.
     """
     from qoqc.cli.calibration import Settings  # noqa: PLC0415  slow to import, see above
-    from qoqc.cli.compile import run  # noqa: PLC0415  slow to import, see above
+    from qoqc.cli.compile import Files, run  # noqa: PLC0415  slow to import, see above
 
     raw = {"group_size": group_size, "kv_bits": kv_bits, "exclude": exclude, "strict": strict}
     settings = Settings(calibrate, recipe, samples, seq, seed, eval_text, max_ppl_increase)
-    code = run(model, output, raw, device=device, dtype=dtype, force=force, settings=settings)
+    files = Files(force, max_shard_size, arch)
+    code = run(model, output, raw, device=device, dtype=dtype, files=files, settings=settings)
     if code:
         raise typer.Exit(code)
 
@@ -121,12 +130,15 @@ def inspect_command(
     exclude: Exclude = [],  # noqa: B006  typer copies it
     device: Device = "auto",
     dtype: Dtype = "auto",
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a page about an artifact")
+    ] = None,
 ) -> None:
     """What qoqc makes of a model: structure, counts by pass, what stays in 16 bit, sizes."""
     from qoqc.cli.inspect import run  # noqa: PLC0415  slow to import, see above
 
     raw = {"group_size": group_size, "kv_bits": kv_bits, "exclude": exclude}
-    run(model, raw, device=device, dtype=dtype)
+    run(model, raw, device=device, dtype=dtype, html=html)
 
 
 @app.command("eval")
@@ -154,6 +166,7 @@ def eval_command(
     kv_bits: Annotated[
         int | None, typer.Option(help="4, 8 or 16; default: the artifact's, or 4")
     ] = None,
+    lm_head: LmHead = None,
     prefill_kv: Annotated[
         str, typer.Option(help="quantized, or exact = windows see 16-bit keys and values")
     ] = "quantized",
@@ -168,12 +181,93 @@ def eval_command(
     from qoqc.cli.eval import Settings, run  # noqa: PLC0415  slow to import, see above
 
     settings = Settings(text, seq, tokens, bos, plain, baseline, max_ppl_increase)
-    given = {"group_size": group_size, "kv_bits": kv_bits}
+    given = {"group_size": group_size, "kv_bits": kv_bits, "lm_head": lm_head}
     chosen = {name: value for name, value in given.items() if value is not None}
     raw = {**chosen, "prefill_kv": prefill_kv, "glue": glue}
     code = run(model, settings, raw, device=device, dtype=dtype)
     if code:
         raise typer.Exit(code)
+
+
+@app.command("bench")
+def bench_command(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="Instead of --shape")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Random weights: llama-3-8b, llama-2-7b, qwen2.5-72b or qwen3-8b"),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer than the shape has")] = None,
+    batch: Annotated[str, typer.Option(metavar="N,N", help="Batches, or none")] = "1,64",
+    baseline_batch: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Those of the 16-bit model; default: --batch")
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens in")] = 1024,
+    gen: Annotated[int, typer.Option(min=2, help="Tokens out")] = 128,
+    prefill: Annotated[
+        str, typer.Option(metavar="BxN", help="More prefills, batch x tokens, or none")
+    ] = "none",
+    breakdown: Annotated[
+        str, typer.Option(metavar="N,N", help="Batches whose step is shown by kernel, or none")
+    ] = "none",
+    served: Annotated[
+        str, typer.Option(metavar="INxOUT", help="Tokens in and out of a served batch, or none")
+    ] = "none",
+    served_batch: Annotated[
+        int | None, typer.Option(min=1, help="Its size; default: the largest that fits")
+    ] = None,
+    served_baseline: Annotated[
+        bool, typer.Option("--served-baseline", help="Serve by the 16-bit model too")
+    ] = False,
+    baseline: Annotated[
+        bool, typer.Option("--baseline/--no-baseline", help="Measure the 16-bit model")
+    ] = True,
+    group_size: Annotated[
+        int | None, typer.Option(help="128 or -1 = per channel; default: the artifact's, or 128")
+    ] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="4, 8 or 16; default: the artifact's, or 4")
+    ] = None,
+    lm_head: LmHead = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    glue: Annotated[str, typer.Option(help="inductor, or eager = no compile time")] = "inductor",
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Directory for bench.json and bench.png")
+    ] = None,
+) -> None:
+    """Decode, prefill and served speed, memory, and a decode step kernel by kernel.
+
+    In the same run for the model in 16 bit, by transformers with a static cache and Inductor.
+    """
+    from qoqc.bench.plan import Plan, numbers, pairs  # noqa: PLC0415  slow to import, see above
+    from qoqc.cli.bench import run  # noqa: PLC0415  slow to import, see above
+
+    served_sizes = pairs("--served", served)
+    plan = Plan(
+        batches=numbers("--batch", batch),
+        baseline_batches=numbers("--baseline-batch", baseline_batch or batch),
+        prompt=prompt,
+        gen=gen,
+        prefill=pairs("--prefill", prefill),
+        breakdown=numbers("--breakdown", breakdown),
+        served=served_sizes[0] if served_sizes else None,
+        served_batch=served_batch,
+        served_baseline=served_baseline,
+    )
+    given = {"group_size": group_size, "kv_bits": kv_bits, "lm_head": lm_head}
+    run(
+        model,
+        shape,
+        plan,
+        {**{name: value for name, value in given.items() if value is not None}, "glue": glue},
+        layers=layers,
+        device=device,
+        dtype=dtype,
+        baseline=baseline,
+        output=output,
+    )
 
 
 @app.command("convert")

@@ -1,8 +1,8 @@
 """`qoqc cache`: what is in the cache directory, whether it is sound, and making it smaller.
 
 Only files that qoqc wrote are counted or removed: generated kernels (by name and first line),
-temporary files of a process that died, and the tuning table. Lock files stay: removing one lets
-two processes hold it.
+compiled graphs by key, Triton's cache, temporary files of a process that died, and the tuning
+table. Lock files stay: removing one lets two processes hold it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from qoqc.codegen.build import digest_of
 from qoqc.codegen.tuning import table
 from qoqc.config import cache_dir
 from qoqc.errors import OptionError
+from qoqc.runtime.compile_cache import PARTS, digest
 
 ABANDONED_S = 3600.0
 """A temporary file this old belongs to no process that is still writing it."""
@@ -82,9 +84,14 @@ def prune(limits: Limits) -> None:
         raise OptionError("prune: name a limit: --max-size, --older-than or --all")
     now = time.time()
     gone = [e for e in entries() if e.kind == "temporary" and now - e.modified > ABANDONED_S]
-    gone += _beyond([e for e in entries() if e.kind == "kernel"], limits, now)
+    gone += _beyond([e for e in entries() if e.kind in ("kernel", "compiled graphs")], limits, now)
+    if limits.everything:
+        gone += [e for e in entries() if e.kind == "Triton cache"]
     for entry in gone:
-        entry.path.unlink(missing_ok=True)
+        if entry.path.is_dir():
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            entry.path.unlink(missing_ok=True)
     if limits.everything and table.table_path().exists():
         gone += [e for e in entries() if e.kind == "tuning table"]
         with FileLock(f"{table.table_path()}.lock"):
@@ -140,10 +147,22 @@ def _problems(entry: Entry) -> Iterator[str]:
             )
     elif entry.kind == "temporary" and time.time() - entry.modified > ABANDONED_S:
         yield f"{entry.path}: left by a process that died; `qoqc cache prune` removes it"
+    elif entry.kind == "compiled graphs":
+        if _parts_digest(entry.path) != entry.path.name:
+            yield f"{entry.path}: its key.json does not fit its name; it is not used; remove it"
     elif entry.kind == "tuning table":
         reason = _table_problem(entry.path)
         if reason is not None:
             yield f"{entry.path}: {reason}; it is not used; remove it"
+
+
+def _parts_digest(folder: Path) -> str | None:
+    """The key of a directory of compiled graphs by what is written in it."""
+    try:
+        parts = json.loads((folder / PARTS).read_text())
+        return digest(parts)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
 
 
 def _table_problem(path: Path) -> str | None:
@@ -165,9 +184,11 @@ def _table_problem(path: Path) -> str | None:
 def _sum(found: Sequence[Entry]) -> str:
     """`12 kernels, 1 tuning table: 300.0 kB`."""
     counts = []
-    for kind in ("kernel", "tuning table", "temporary"):
+    for kind in ("kernel", "compiled graphs", "Triton cache", "tuning table", "temporary"):
         count = sum(entry.kind == kind for entry in found)
-        name = {"temporary": "temporary file"}.get(kind, kind)
+        name = {"temporary": "temporary file", "compiled graphs": "key of compiled graph"}.get(
+            kind, kind
+        )
         if count or kind == "kernel":
             counts.append(f"{count} {name}{'' if count == 1 else 's'}")
     return f"{', '.join(counts)} ({decimal(sum(entry.size for entry in found))})"

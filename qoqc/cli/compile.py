@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import re
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import torch
 
 from qoqc.artifact.folder import require_free
+from qoqc.artifact.kernel_sources import devices
 from qoqc.artifact.manifest import Manifest, is_artifact
 from qoqc.artifact.save import save
+from qoqc.artifact.shards import MAX_SHARD, require_size
 from qoqc.calibrate.checkpoint import partial_directory
-from qoqc.calibrate.recipe import LayerRecord, Record
+from qoqc.calibrate.recipe import Record
 from qoqc.cli.calibration import Settings, read_corpus, run_recipe
 from qoqc.cli.inspect import size
 from qoqc.cli.progress import Steps, steps
+from qoqc.cli.record import gate_line, show_record
 from qoqc.cli.source import (
     choose_device,
     choose_dtype,
@@ -29,6 +33,33 @@ from qoqc.cli.source import (
     prepare,
 )
 from qoqc.config import Options
+from qoqc.errors import OptionError
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """What is written, and over what.
+
+    force           replace an artifact
+    max_shard_size  of a weight file
+    arch            GPUs whose machine code is written too: "sm_80,sm_90"; empty: none
+    """
+
+    force: bool = False
+    max_shard_size: str = MAX_SHARD
+    arch: str = ""
+
+    def archs(self) -> tuple[int, ...]:
+        """Compute capabilities. Raises OptionError for bad values of this and the sizes."""
+        require_size(self.max_shard_size)
+        names = [name.strip() for name in self.arch.split(",") if name.strip()]
+        found = [re.fullmatch(r"(?:sm_)?(\d{2,3})", name) for name in names]
+        for name, match in zip(names, found, strict=True):
+            if match is None:
+                raise OptionError(f"--arch {name}: expected names such as sm_80,sm_90")
+        archs = tuple(dict.fromkeys(int(match[1]) for match in found if match is not None))
+        devices(torch.device("cpu"), archs)
+        return archs
 
 
 def run(
@@ -38,7 +69,7 @@ def run(
     *,
     device: str,
     dtype: str,
-    force: bool,
+    files: Files,
     settings: Settings | None = None,
 ) -> int:
     """Load, calibrate if the settings say so, pack, write; prints what came of it.
@@ -51,7 +82,8 @@ def run(
     options = Options.parse(raw_options)
     target, where, kind = Path(output), choose_device(device), choose_dtype(dtype)
     calibrates = settings.calibrates()
-    require_free(target, overwrite=force, is_ours=is_artifact)
+    archs = files.archs()
+    require_free(target, overwrite=files.force, is_ours=is_artifact)
     prepare()
     record: Record | None = None
     gate: dict[str, Any] | None = None
@@ -72,53 +104,22 @@ def run(
             target,
             tokenizer,
             options=options,
-            overwrite=force,
+            overwrite=files.force,
             progress=shown.update,
+            # a directory's path is nobody's business who downloads the artifact
+            base_model=Path(model_name).resolve().name if Path(model_name).is_dir() else model_name,
+            max_shard_size=files.max_shard_size,
+            archs=archs,
             recipe=None if record is None else record.entry(),
             gate=gate,
         )
         shown.finish()
     if record is not None:
-        _show_record(record)
+        show_record(record.entry())
     if gate is not None:
-        _show_gate(gate)
+        print(gate_line(gate))
     _show_closing(output, manifest, time.perf_counter() - start)
     return 0 if gate is None else _judge(gate, settings.max_ppl_increase)
-
-
-def _show_record(record: Record) -> None:
-    """A row per layer, what was left out, and what the searches cost."""
-    table = Table("layer", "keys", "values", "down", "KV", "KV error", "SQNR dB")
-    for layer in record.layers:
-        table.add_row(*_row(layer))
-    Console(highlight=False).print(table)
-    for line in dict.fromkeys((*record.refused, *(r for x in record.layers for r in x.refused))):
-        print(f"  left out: {line}")
-    print(
-        f"calibrated on {record.samples} windows of {record.seq} tokens; {record.trials()} trials "
-        f"for alpha and beta; {record.kv_mean():.2f} bits per key and value on average"
-    )
-
-
-def _row(layer: LayerRecord) -> tuple[str, ...]:
-    """`alpha/beta` of each smoothing, KV bits and their error, SQNR."""
-    downs = [s for name, s in layer.strengths.items() if name not in ("attention", "values")]
-    found = [layer.strengths.get("attention"), layer.strengths.get("values"), *downs[:1]]
-    pairs = ["-" if s is None else f"{s['alpha']:g}/{s['beta']:g}" for s in found]
-    kv = layer.kv or {"bits": "-", "errors": {}}
-    error = kv["errors"].get(str(kv["bits"]), kv["errors"].get("4"))
-    shown = "-" if error is None else f"{error:.3f}"
-    sqnr = "-" if layer.sqnr is None else f"{layer.sqnr:.1f}"
-    return (layer.name, *pairs, *["-"] * (3 - len(pairs)), str(kv["bits"]), shown, sqnr)
-
-
-def _show_gate(gate: Mapping[str, Any]) -> None:
-    print(
-        f"perplexity {gate['perplexity']:.4f}, {gate['baseline']:.4f} in 16 bit "
-        f"({gate['increase']:+.2f} %); KL {gate['kl']:.5f}; same top-1 "
-        f"{100 * gate['agreement']:.2f} %; {gate['windows']} windows of {gate['seq']}, "
-        f"{gate['text']}"
-    )
 
 
 def _judge(gate: Mapping[str, Any], limit: float | None) -> int:

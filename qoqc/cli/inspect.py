@@ -11,24 +11,42 @@ from rich.console import Console
 from rich.table import Table
 
 from qoqc.artifact.manifest import Manifest, graph_entry, is_artifact
+from qoqc.artifact.report import report
 from qoqc.artifact.survey import Survey, survey
 from qoqc.cli.progress import steps
+from qoqc.cli.record import show_artifact
 from qoqc.cli.source import choose_device, choose_dtype, load_model, prepare
 from qoqc.config import Options
-from qoqc.errors import Unsupported
+from qoqc.errors import OptionError, Unsupported
 from qoqc.passes.structure.describe import COLUMNS, layer_rows, stream_line
 from qoqc.passes.structure.discover import structure_of
 from qoqc.passes.structure.facts import ModelStructure
 from qoqc.runtime.weights import STORE
 
 
-def run(model_name: str, raw_options: Mapping[str, Any], *, device: str, dtype: str) -> None:
-    """Print the model, its structure, counts by pass, what is left in 16 bit, and the sizes."""
+def run(
+    model_name: str,
+    raw_options: Mapping[str, Any],
+    *,
+    device: str,
+    dtype: str,
+    html: str | None = None,
+) -> None:
+    """Print the model, its structure, counts by pass, what is left in 16 bit, and the sizes.
+
+    html  a file to write a page about an artifact to
+    """
     options = Options.parse(raw_options)
     where, kind = choose_device(device), choose_dtype(dtype)
     if is_artifact(Path(model_name)):
         _artifact(Path(model_name))
+        if html is not None:
+            page = report(Manifest.read(Path(model_name)), Path(model_name).resolve().name)
+            Path(html).write_text(page, encoding="utf-8")
+            print(f"{html}: the same as a page")
         return
+    if html is not None:
+        raise OptionError(f"--html: {model_name} is not an artifact; make one by qoqc compile")
     prepare()
     with steps() as shown:
         shown.start(f"Loading {model_name}")
@@ -57,9 +75,9 @@ def size(count: int) -> str:
 def _artifact(directory: Path) -> None:
     """From the manifest alone, with the options it was made with; its files are verified."""
     manifest = Manifest.read(directory)
-    manifest.verify(directory)
+    count = manifest.verify(directory)
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    title = f"{directory}: {manifest.architecture}, {len(manifest.files)} files verified"
+    title = f"{directory}: {manifest.architecture}, {count} files verified"
     print(title)
     _show(
         len(manifest.weights),
@@ -67,6 +85,7 @@ def _artifact(directory: Path) -> None:
         manifest.bytes_before,
         manifest.bytes_after,
     )
+    show_artifact(manifest, str(directory))
     print("options:", ", ".join(f"{name}={value}" for name, value in manifest.options.items()))
     print("made with:", versions)
 

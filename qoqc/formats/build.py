@@ -11,6 +11,7 @@ from qoqc.errors import Unsupported
 from qoqc.formats import qserve
 from qoqc.formats.source import Source
 from qoqc.quant.weight import dequantize_weight
+from qoqc.runtime.packed_linear import named_tensors
 from qoqc.runtime.weights import STORE, WeightRef
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError)
@@ -72,8 +73,8 @@ def qserve_tensors(model: Any) -> dict[str, torch.Tensor]:
         raise Unsupported(f"QServe runs Llama models; this is {model.config.model_type}")
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, torch.Tensor] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        packed = STORE.packed(value)
+    for name, value in named_tensors(model):
+        packed = STORE.packed(value) if isinstance(value, torch.nn.Parameter) else None
         module = name.removesuffix(".weight")
         if packed is not None:
             written = qserve.write(name, packed)

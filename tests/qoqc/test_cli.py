@@ -191,6 +191,7 @@ def test_inspect(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "model.embed_tokens: shares its weight with the embedding" in text
         assert "weights: 8.0 MB -> 3.7 MB" in text
     assert "group_size=128" in made
+    assert "recipe: rounded to nearest, not judged" in made
     assert "files verified" in made
 
 
