@@ -233,6 +233,8 @@ def kv4_attention(
 def kv4_decode(*args: Any) -> Tensor:
     """qoqc::kv4_decode in two launches, or three where sequences have many parts to add up."""
     step = step_call.Step(*args)
+    if step.mask is not None and step.mask.dim() == 4 and step.mask.shape[1] != 1:
+        return _decode_apart(step)
     spec, device = step_call.spec_of(step), step.q.device
     with torch.cuda.device_of(step.q):
         append = kernel_for(OPS["step_append"], spec, step.batch, device)
@@ -242,6 +244,19 @@ def kv4_decode(*args: Any) -> Tensor:
             combine = kernel_for(OPS["step_combine"], spec, step.batch, device)
         slots = step_call.slots_of(device, attend.tile)
         return step_call.launch(append, attend, combine, step, slots)
+
+
+def _decode_apart(step: step_call.Step) -> Tensor:
+    """A step whose heads have masks of their own: by the kernels of longer chunks."""
+    pages = (step.k_pages, step.v_pages, step.kv_words, step.block_table, step.length)
+    q, _ = kv4_rotate_append(
+        step.q, step.k, step.v, step.q_weight, step.k_weight, step.cos, step.sin, *pages,
+        step.form, step.eps, step.offset, step.round_first, step.bits,
+    )  # fmt: skip
+    step.length.add_(1)
+    return kv4_attention(
+        q, *pages, step.mask, None, None, step.scale, step.bits, False, step.softcap, step.sinks
+    )
 
 
 @functools.cache

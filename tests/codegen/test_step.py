@@ -103,6 +103,15 @@ def test_odd_shapes() -> None:
     check(step_of(tiny(heads=6, dims=(24, 10)), [65, 128]))
 
 
+def test_heads_with_masks_of_their_own() -> None:
+    step = step_of(tiny(has_mask=True), [70, 5])
+    assert step.mask is not None
+    step = dataclasses.replace(step, mask=step.mask.expand(-1, 4, -1, -1).clone())
+    assert step.mask is not None
+    step.mask[:, 1::2] ^= True
+    check(step)
+
+
 def test_a_token_that_sees_nothing_gives_zero() -> None:
     step = step_of(tiny(has_mask=True), [70, 3])
     assert step.mask is not None
