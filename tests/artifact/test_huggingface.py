@@ -76,7 +76,10 @@ def contents(directory: Path, *but: str) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in names.items() if name not in but}
 
 
-@pytest.mark.parametrize("order", FRESH)
+@pytest.mark.parametrize(
+    "order",
+    ["qoqc first", *(pytest.param(o, marks=pytest.mark.slow) for o in FRESH if o != "qoqc first")],
+)
 def test_a_fresh_process_needs_only_the_import(saved: Path, order: str) -> None:
     program = FRESH[order] + BODY
     result = subprocess.run(

@@ -31,7 +31,7 @@ def check_run(model: Path, out: Path, shown: pytest.CaptureFixture[str]) -> None
     (part,) = found["breakdowns"]
     assert part["busy_us"] > 0 and part["kernels"]
     assert found["notes"] == []
-    assert (out / "bench.png").exists()
+    assert (out / "bench.png").exists() is (importlib.util.find_spec("matplotlib") is not None)
     text = shown.readouterr().out
     assert "decode tok/s" in text and "a decode step at batch 2" in text
 
