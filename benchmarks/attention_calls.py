@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qoqc.codegen.kernels.rotate_append_call import Append, RotateSpec
 from qoqc.codegen.kernels.rotate_append_call import random_call as random_append
-from qoqc.codegen.kernels.step_call import Step, StepSpec, random_step
+from qoqc.codegen.kernels.step_spec import Step, StepSpec, random_step
 from qoqc.codegen.tuning.timing import copies_for, timer_for
 from qoqc.ir import kv_reference, ops, rotary
 from qoqc.ir.spec import PAGE, KVSpec

@@ -25,7 +25,7 @@ from qoqc.codegen.kernels.kv_append import KV_APPEND
 from qoqc.codegen.kernels.norm_quantize import NORM_QUANTIZE
 from qoqc.codegen.kernels.quantize import QUANTIZE
 from qoqc.codegen.kernels.rotate_append_call import KV_ROTATE_APPEND
-from qoqc.codegen.kernels.step_call import STEP_APPEND, STEP_ATTEND, STEP_COMBINE
+from qoqc.codegen.kernels.step_families import STEP_APPEND, STEP_ATTEND, STEP_COMBINE
 from qoqc.codegen.specialize import literal, specialize
 from qoqc.config import private_cache_dir
 from qoqc.ir.spec import to_json

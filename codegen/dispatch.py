@@ -29,6 +29,7 @@ from qoqc.codegen.kernels import (
     quantize,
     rotate_append_call,
     step_call,
+    step_spec,
 )
 from qoqc.codegen.tuning import choose
 from qoqc.ir.spec import PAGE
@@ -232,10 +233,10 @@ def kv4_attention(
 
 def kv4_decode(*args: Any) -> Tensor:
     """qoqc::kv4_decode in two launches, or three where sequences have many parts to add up."""
-    step = step_call.Step(*args)
+    step = step_spec.Step(*args)
     if step.mask is not None and step.mask.dim() == 4 and step.mask.shape[1] != 1:
         return _decode_apart(step)
-    spec, device = step_call.spec_of(step), step.q.device
+    spec, device = step_spec.spec_of(step), step.q.device
     with torch.cuda.device_of(step.q):
         append = kernel_for(OPS["step_append"], spec, step.batch, device)
         attend = kernel_for(OPS["step_attend"], spec, step.batch, device)
@@ -246,7 +247,7 @@ def kv4_decode(*args: Any) -> Tensor:
         return step_call.launch(append, attend, combine, step, slots)
 
 
-def _decode_apart(step: step_call.Step) -> Tensor:
+def _decode_apart(step: step_spec.Step) -> Tensor:
     """A step whose heads have masks of their own: by the kernels of longer chunks."""
     pages = (step.k_pages, step.v_pages, step.kv_words, step.block_table, step.length)
     q, _ = kv4_rotate_append(

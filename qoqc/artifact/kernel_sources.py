@@ -18,7 +18,7 @@ from qoqc.codegen.kernels import (
     attention_decode,
     norm_call,
     rotate_append_call,
-    step_call,
+    step_spec,
 )
 from qoqc.codegen.kernels.quantize import QuantizeSpec
 from qoqc.codegen.tuning import table
@@ -77,11 +77,11 @@ def wanted(gm: GraphModule) -> list[Wanted]:
             append: Any = rotate_append_call.Append(*_values(node))
             found[Wanted("kv_rotate_append", rotate_append_call.spec_of(append))] = None
         if is_call(node, ops.kv4_decode):
-            step: Any = step_call.Step(*_values(node))
-            step_spec = step_call.spec_of(step)
+            step: Any = step_spec.Step(*_values(node))
+            decode = step_spec.spec_of(step)
             names = ("step_append", "step_attend", "step_combine")
             # many sequences have their parts added up where they meet, which takes one kernel less
-            found.update(dict.fromkeys(Wanted(name, step_spec) for name in names))
+            found.update(dict.fromkeys(Wanted(name, decode) for name in names))
     return list(found)
 
 

@@ -25,7 +25,7 @@ from qoqc.codegen.kernels.act_quantize import ActSpec
 from qoqc.codegen.kernels.norm_call import NormSpec
 from qoqc.codegen.kernels.quantize import QuantizeSpec
 from qoqc.codegen.kernels.rotate_append_call import RotateSpec
-from qoqc.codegen.kernels.step_call import StepSpec
+from qoqc.codegen.kernels.step_spec import StepSpec
 from qoqc.ir.glue import ActKind
 from qoqc.ir.spec import AttentionSpec, KVSpec, LinearSpec, to_json
 from qoqc.runtime.device import DeviceKey

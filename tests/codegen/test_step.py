@@ -10,8 +10,8 @@ import torch
 
 from qoqc.codegen import dispatch
 from qoqc.codegen.kernels import step_call
-from qoqc.codegen.kernels.step_call import Step, StepSpec, random_step, spec_of
 from qoqc.codegen.kernels.step_schedule import grid_for
+from qoqc.codegen.kernels.step_spec import Step, StepSpec, random_step, spec_of
 from qoqc.ir import kv_reference
 from qoqc.ir.spec import PAGE, KVSpec
 from qoqc.quant.kv import make_words

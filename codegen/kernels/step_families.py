@@ -1,0 +1,270 @@
+"""The kernels of a decode step as families: constexprs, tiles, trials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from qoqc.codegen.family import Family, Launch, Tile, Trial
+from qoqc.codegen.kernels.attention import has_ptx, lanes
+from qoqc.codegen.kernels.pieces_rotary import FORMS
+from qoqc.codegen.kernels.step_append import step_append
+from qoqc.codegen.kernels.step_attend import step_attend
+from qoqc.codegen.kernels.step_call import (
+    SLOTS_PER_SM,
+    parts_for,
+    slots_of,
+    start_append,
+    start_attend,
+    start_combine,
+)
+from qoqc.codegen.kernels.step_combine import step_combine
+from qoqc.codegen.kernels.step_schedule import SHORTEST, counters_for, grid_for
+from qoqc.codegen.kernels.step_selfcheck import (
+    APPEND_SELFCHECK,
+    ATTEND_SELFCHECK,
+    COMBINE_SELFCHECK,
+)
+from qoqc.codegen.kernels.step_spec import StepSpec, random_step
+from qoqc.ir.spec import PAGE
+from qoqc.runtime.device import DeviceKey, device_key
+from qoqc.runtime.workspace import zeroed_counters
+
+REGISTERS = 168
+"""Of a thread, where a block is one warp: then an SM holds 12. ptxas keeps some values of the
+start in local memory for it, none of the loop over pages (SASS of sm_90)."""
+
+STAGES = 3
+"""One page ahead is enough with 12 blocks on an SM, and two would leave room for 10: 94 us instead
+of 117 (64 sequences of 4,096 tokens, H200)."""
+
+
+def bind_append(spec: StepSpec, tile: Tile) -> dict[str, Any]:
+    """The constexprs of `step_append`."""
+    return {
+        **_common_constexprs(spec, tile),
+        "K_DIM": spec.kv.k_dim,
+        "BITS": spec.kv.bits,
+        "FORM": FORMS[spec.form],
+        "ROTATED": spec.rotated,
+        "NORMED": spec.normed,
+        "OFFSET": spec.offset,
+        "ROUND_FIRST": spec.round_first,
+        "BLOCK_C": lanes(spec.kv.k_dim // 2),
+        "BLOCK_V": lanes(spec.kv.v_dim),
+        "GROUP_R": triton.next_power_of_2(spec.heads // spec.kv.kv_heads),
+    }
+
+
+def bind_attend(spec: StepSpec, tile: Tile) -> dict[str, Any]:
+    """The constexprs of `step_attend`."""
+    common = _common_constexprs(spec, tile)
+    # the interpreter, which is where tiles have no PTX, multiplies bfloat16 by its bit pattern
+    exact = spec.dtype is torch.float32 or common["ROUND_BF16"]
+    block_v, group_r = lanes(spec.kv.v_dim), triton.next_power_of_2(spec.heads // spec.kv.kv_heads)
+    return {
+        **common,
+        "K_DIM": spec.kv.k_dim,
+        "BITS": spec.kv.bits,
+        "HAS_MASK": spec.has_mask,
+        "HAS_SINKS": spec.has_sinks,
+        "HAS_SOFTCAP": spec.has_softcap,
+        "OPERAND": tl.float32 if exact else common["KIND"],
+        # weights are scaled to 2**14 at most, so fp16's 11 bits serve bf16 models too
+        "WEIGHT": tl.float32 if exact else tl.float16,
+        "PTX": tile["PTX"],
+        # fp16's 1024 would leave too little of the tensor cores' sums to scores
+        "K_RAW": bool(tile["PTX"]) and spec.kv.bits == 4 and spec.dtype is torch.bfloat16,
+        # whole lines of a page, as many as a power of two allows
+        "K_LINES": _power_below(PAGE * spec.kv.k_dim * spec.kv.bits // 8 // 128),
+        "V_LINES": _power_below(PAGE * spec.kv.v_dim * spec.kv.bits // 8 // 128),
+        "SHORT": tile["SHORT"],
+        "BLOCK_C": lanes(spec.kv.k_dim // 2),
+        "BLOCK_V": block_v,
+        "BLOCK_R": max(8, group_r),
+        "GROUP_R": group_r,
+        "AT_ONCE": max(1, min(4, 2048 * tile.num_warps // (group_r * block_v))),
+    }
+
+
+def bind_combine(spec: StepSpec, tile: Tile) -> dict[str, Any]:
+    """The constexprs of `step_combine`."""
+    own = {name: tile[name] for name in ("SHORT", "COLUMNS", "AT_ONCE")}
+    return {**_common_constexprs(spec, tile), **own}
+
+
+def _common_constexprs(spec: StepSpec, tile: Tile) -> dict[str, Any]:
+    kinds = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    return {
+        "HEADS": spec.heads,
+        "KV_HEADS": spec.kv.kv_heads,
+        "V_DIM": spec.kv.v_dim,
+        "KIND": kinds[spec.dtype],
+        "ROUND_BF16": spec.dtype is torch.bfloat16 and not tile["PTX"],
+        "DEPENDENT": tile["DEPENDENT"],
+    }
+
+
+def _power_below(count: int) -> int:
+    return 1 << max(0, count.bit_length() - 1)
+
+
+def _flags(device: DeviceKey) -> tuple[tuple[str, int], ...]:
+    ptx = has_ptx(device)
+    return (("PTX", ptx), ("DEPENDENT", int(ptx and device.arch >= 90)))
+
+
+def _common(device: DeviceKey) -> tuple[tuple[str, int], ...]:
+    """step_attend and step_combine must agree on SHORT, the least pages of a worker."""
+    return (*_flags(device), ("SHORT", SHORTEST))
+
+
+def _tile(device: DeviceKey, num_warps: int, num_stages: int) -> Tile:
+    registers = REGISTERS if num_warps == 1 else 0
+    return Tile((*_common(device), ("MAX_REGISTERS", registers)), num_warps, num_stages)
+
+
+def heuristic_append(spec: StepSpec, size: int, device: DeviceKey) -> Tile:
+    """A warp for a key, a value and their queries."""
+    return Tile(_flags(device), 1, 1)
+
+
+def candidates_append(spec: StepSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
+    """Warps."""
+    return [Tile(_flags(device), warps, 1) for warps in (1, 2, 4)]
+
+
+def heuristic(spec: StepSpec, size: int, device: DeviceKey) -> Tile:
+    """One warp for eight rows of 128 channels; `size` = sequences."""
+    return _tile(device, _warps(spec, device), STAGES)
+
+
+def candidates(spec: StepSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
+    """Warps times stages."""
+    tiles = {heuristic(spec, size, device): None}
+    for num_warps in (1, 2, 4):
+        for num_stages in (3, 5, 7):
+            tiles[_tile(device, num_warps, num_stages)] = None
+    return tuple(tiles)
+
+
+def heuristic_combine(spec: StepSpec, size: int, device: DeviceKey) -> Tile:
+    """32 channels of a head per block: a small batch offers few."""
+    return Tile((*_common(device), ("COLUMNS", 32), ("AT_ONCE", 32)), 4, 1)
+
+
+def candidates_combine(spec: StepSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
+    """Other widths, and numbers of parts at a time."""
+    tiles = {heuristic_combine(spec, size, device): None}
+    for columns, at_once, warps in ((32, 16, 2), (64, 16, 4), (32, 64, 8)):
+        shape = (("COLUMNS", columns), ("AT_ONCE", at_once))
+        tiles[Tile((*_common(device), *shape), warps, 1)] = None
+    return tuple(tiles)
+
+
+def _warps(spec: StepSpec, device: DeviceKey) -> int:
+    """The fewer warps share rows, the fewer barriers; until registers run out."""
+    width = max(2 * lanes(spec.kv.k_dim // 2), lanes(spec.kv.v_dim))
+    if spec.dtype is torch.float32:
+        width *= 4
+    registers = width * max(8, triton.next_power_of_2(spec.heads // spec.kv.kv_heads))
+    return 1 if registers <= 1024 and device.arch >= 90 else 2 if registers <= 1024 else 4
+
+
+def shared_bytes(spec: StepSpec, tile: Tile) -> int:
+    """Estimate of a block's shared memory: staged pages and words, and exchanges between warps."""
+    width = max(2 * lanes(spec.kv.k_dim // 2), lanes(spec.kv.v_dim))
+    page = PAGE * (2 * lanes(spec.kv.k_dim // 2) + lanes(spec.kv.v_dim)) * spec.kv.bits // 8
+    staged = max(1, (tile.num_stages - 1) // 2) * (page + 2 * PAGE * 4)
+    rows: int = max(8, triton.next_power_of_2(spec.heads // spec.kv.kv_heads))
+    return staged + rows * (width * 8 + PAGE * 2) + 2048
+
+
+def trial_append(spec: StepSpec, size: int, device: torch.device) -> Trial:
+    """Append to `size` sequences of 1,000 tokens."""
+    step = random_step(spec, size, 1000, device)
+
+    def run(kernel: Launch) -> tuple[torch.Tensor, ...]:
+        turned = start_append(kernel, step)
+        return turned, step.k_pages.clone(), step.v_pages.clone(), step.kv_words.clone()
+
+    return run
+
+
+def trial(spec: StepSpec, size: int, device: torch.device) -> Trial:
+    """Attend in `size` sequences after 1,000 tokens."""
+    step = random_step(spec, size, 1000, device)
+    kv, pages = spec.kv, step.block_table.shape[1]
+    q = step.q[:, :, 0].contiguous()
+    out = q.new_empty(size, spec.heads, 1, kv.v_dim)
+    counters = zeroed_counters(device, counters_for(size, kv.kv_heads))
+
+    def run(kernel: Launch) -> tuple[torch.Tensor, ...]:
+        step.length.fill_(1000)
+        out.fill_(float("nan"))
+        workers = grid_for(size, kv.kv_heads, pages, slots_of(device, kernel.tile))
+        start_attend(kernel, step, q, out, *parts_for(step, workers), counters, meet=True)
+        return out.clone(), step.length.clone()
+
+    return run
+
+
+def trial_combine(spec: StepSpec, size: int, device: torch.device) -> Trial:
+    """Add up random parts of `size` sequences of 4,000 tokens."""
+    generator = torch.Generator(device).manual_seed(0)
+    kv, pages, slots = spec.kv, 64, device_key(device).sm_count * SLOTS_PER_SM
+    shape = (grid_for(size, kv.kv_heads, pages, slots), 2, spec.heads // kv.kv_heads)
+    part = torch.randn(*shape, kv.v_dim, generator=generator, device=device)
+    stat = torch.rand(*shape, 2, generator=generator, device=device) + 0.5
+    out = torch.empty(size, spec.heads, 1, kv.v_dim, dtype=spec.dtype, device=device)
+    length = torch.full((size,), 4000, device=device)
+    counters = zeroed_counters(device, counters_for(size, kv.kv_heads))
+
+    def run(kernel: Launch) -> tuple[torch.Tensor, ...]:
+        length.fill_(4000)
+        out.fill_(float("nan"))
+        start_combine(kernel, part, stat, out, length, counters, pages)
+        return out.clone(), length.clone()
+
+    return run
+
+
+STEP_APPEND = Family(
+    "step_append",
+    step_append,
+    bind_append,
+    heuristic_append,
+    candidates_append,
+    APPEND_SELFCHECK,
+    trial_append,
+    pdl=True,
+)
+
+STEP_ATTEND = Family(
+    "step_attend",
+    step_attend,
+    bind_attend,
+    heuristic,
+    candidates,
+    ATTEND_SELFCHECK,
+    trial,
+    shared_bytes,
+    tolerance=1e-2,
+    pdl=True,
+)
+
+STEP_COMBINE = Family(
+    "step_combine",
+    step_combine,
+    bind_combine,
+    heuristic_combine,
+    candidates_combine,
+    COMBINE_SELFCHECK,
+    trial_combine,
+    tolerance=1e-2,
+    pdl=True,
+)
