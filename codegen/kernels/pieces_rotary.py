@@ -20,13 +20,6 @@ FORMS = {"none": 0, "half": 1, "interleaved": 2}
 
 
 @triton.jit
-def inverse_rms(squares, eps, D: tl.constexpr):
-    """1 / rms from the sum of squares of D channels, as ir/glue.py computes it."""
-    mean = tl.div_rn(squares, tl.full(squares.shape, D, tl.float32))
-    return tl.div_rn(tl.full(squares.shape, 1.0, tl.float32), tl.sqrt_rn(mean + eps))
-
-
-@triton.jit
 def normed(
     x,
     inverse,
@@ -52,14 +45,8 @@ def normed(
 
 
 @triton.jit
-def turned(
-    rows,
-    channel,
-    live,
-    inverse,
-    weight_ptr,
-    cos_ptr,
-    sin_ptr,
+def partner_of(
+    rows, channel, live, inverse, weight_ptr,
     FORM: tl.constexpr,
     ROTATED: tl.constexpr,
     NORMED: tl.constexpr,
@@ -67,36 +54,25 @@ def turned(
     ROUND_FIRST: tl.constexpr,
     KIND: tl.constexpr,
     ROUND_BF16: tl.constexpr,
-):
-    """Channels `channel` of the vectors at `rows`, normed and rotated: fp32 values of KIND.
-
-    rows, channel, live and inverse broadcast against each other; cos_ptr and sin_ptr are those of
-    the vectors' position, ROTATED values each.
-    """
-    x = tl.load(rows + channel, mask=live, other=0.0).to(tl.float32)
-    x = normed(x, inverse, weight_ptr, channel, live, NORMED, OFFSET, ROUND_FIRST, KIND, ROUND_BF16)
-    if FORM != NO_ROTARY:
-        if FORM == HALVES:
-            second = channel >= ROTATED // 2
-            other = tl.where(second, channel - ROTATED // 2, channel + ROTATED // 2)
-        else:
-            second = (channel & 1) == 1
-            other = channel ^ 1
-        turns = (channel < ROTATED) & live
-        y = tl.load(rows + other, mask=turns, other=0.0).to(tl.float32)
-        y = normed(
-            y, inverse, weight_ptr, other, turns, NORMED, OFFSET, ROUND_FIRST, KIND, ROUND_BF16
-        )
-        cos = tl.load(cos_ptr + channel, mask=turns, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + channel, mask=turns, other=0.0).to(tl.float32)
-        moved = x * cos + tl.where(second, y, -y) * sin
-        x = tl.where(turns, rounded(moved, KIND, ROUND_BF16), x)
-    return x
+):  # fmt: skip
+    """What channels meet under the sine, normed; 0 for those that do not turn."""
+    if FORM == HALVES:
+        second = channel >= ROTATED // 2
+        other = tl.where(second, channel - ROTATED // 2, channel + ROTATED // 2)
+    else:
+        second = (channel & 1) == 1
+        other = channel ^ 1
+    turns = live & (channel < ROTATED)[None, :]
+    y = tl.load(rows + other[None, :], mask=turns, other=0.0).to(tl.float32)
+    y = normed(
+        y, inverse, weight_ptr, other[None, :], turns, NORMED, OFFSET, ROUND_FIRST, KIND, ROUND_BF16
+    )
+    return tl.where(second[None, :], y, -y)
 
 
 @triton.jit
-def turned_halves(
-    rows, c, live, inverse, weight_ptr, cos_ptr, sin_ptr,
+def prepared(
+    rows, c, live, weight_ptr, eps, cos0, sin0, cos1, sin1,
     K_HALF: tl.constexpr,
     FORM: tl.constexpr,
     ROTATED: tl.constexpr,
@@ -106,30 +82,37 @@ def turned_halves(
     KIND: tl.constexpr,
     ROUND_BF16: tl.constexpr,
 ):  # fmt: skip
-    """`turned` of channels c and c + K_HALF, c < K_HALF; where these turn together, each is loaded
-    once."""
-    if FORM == HALVES and ROTATED == 2 * K_HALF:
-        x0 = tl.load(rows + c, mask=live, other=0.0).to(tl.float32)
-        x1 = tl.load(rows + K_HALF + c, mask=live, other=0.0).to(tl.float32)
-        x0 = normed(x0, inverse, weight_ptr, c, live, NORMED, OFFSET, ROUND_FIRST, KIND, ROUND_BF16)
+    """Channels c and c + K_HALF of the vectors at `rows` [T, 1], normed and rotated: fp32 [T, C].
+
+    cos0, sin0, cos1, sin1  [T, C], 1 and 0 for channels that do not turn
+    """
+    K_DIM: tl.constexpr = 2 * K_HALF
+    x0 = tl.load(rows + c[None, :], mask=live, other=0.0).to(tl.float32)
+    x1 = tl.load(rows + K_HALF + c[None, :], mask=live, other=0.0).to(tl.float32)
+    inverse = 0.0
+    if NORMED:
+        mean = tl.div_rn(tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1), K_DIM * 1.0)
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None]
+        x0 = normed(
+            x0, inverse, weight_ptr, c[None, :], live, NORMED, OFFSET, ROUND_FIRST, KIND, ROUND_BF16
+        )
         x1 = normed(
-            x1, inverse, weight_ptr + K_HALF, c, live, NORMED, OFFSET, ROUND_FIRST, KIND,
+            x1, inverse, weight_ptr + K_HALF, c[None, :], live, NORMED, OFFSET, ROUND_FIRST, KIND,
             ROUND_BF16,
         )  # fmt: skip
-        inside = c < K_HALF
-        cos0 = tl.load(cos_ptr + c, mask=inside, other=0.0).to(tl.float32)
-        sin0 = tl.load(sin_ptr + c, mask=inside, other=0.0).to(tl.float32)
-        cos1 = tl.load(cos_ptr + K_HALF + c, mask=inside, other=0.0).to(tl.float32)
-        sin1 = tl.load(sin_ptr + K_HALF + c, mask=inside, other=0.0).to(tl.float32)
-        first = rounded(x0 * cos0 - x1 * sin0, KIND, ROUND_BF16)
-        second = rounded(x1 * cos1 + x0 * sin1, KIND, ROUND_BF16)
-    else:
-        first = turned(
-            rows, c, live, inverse, weight_ptr, cos_ptr, sin_ptr, FORM, ROTATED, NORMED, OFFSET,
-            ROUND_FIRST, KIND, ROUND_BF16,
-        )  # fmt: skip
-        second = turned(
-            rows, c + K_HALF, live, inverse, weight_ptr, cos_ptr, sin_ptr, FORM, ROTATED, NORMED,
-            OFFSET, ROUND_FIRST, KIND, ROUND_BF16,
-        )  # fmt: skip
-    return first, second
+    if FORM != NO_ROTARY:
+        if FORM == HALVES and ROTATED == K_DIM:
+            y0 = -x1
+            y1 = x0
+        else:
+            y0 = partner_of(
+                rows, c, live, inverse, weight_ptr, FORM, ROTATED, NORMED, OFFSET, ROUND_FIRST,
+                KIND, ROUND_BF16,
+            )  # fmt: skip
+            y1 = partner_of(
+                rows, c + K_HALF, live, inverse, weight_ptr, FORM, ROTATED, NORMED, OFFSET,
+                ROUND_FIRST, KIND, ROUND_BF16,
+            )  # fmt: skip
+        x0 = rounded(x0 * cos0 + y0 * sin0, KIND, ROUND_BF16)
+        x1 = rounded(x1 * cos1 + y1 * sin1, KIND, ROUND_BF16)
+    return x0, x1

@@ -13,8 +13,9 @@ _DEVICE = """
     dtype = getattr(torch, SPEC["dtype"])
 """
 
-_PREPARED = """
-def prepared(x, weight, cos, sin):
+_DEFINITIONS = """
+def turned_by_torch(x, weight, cos, sin):
+    dtype = x.dtype
     if SPEC["normed"]:
         unit = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
         if SPEC["round_first"]:
@@ -41,7 +42,7 @@ def quantized(x, top):
 """
 
 APPEND_SELFCHECK = (
-    _PREPARED
+    _DEFINITIONS
     + """
 
 def main():"""
@@ -62,10 +63,10 @@ def main():"""
         k_pages = torch.zeros(2 * batch, kv_heads, 64, k_dim * bits // 8, dtype=torch.uint8)
         v_pages = torch.zeros(2 * batch, kv_heads, v_dim, 8 * bits, dtype=torch.uint8)
         words = torch.zeros(2 * batch, kv_heads, 2, 64, dtype=torch.int32)
-        wanted_q = prepared(q, weights[0], cos, sin)[:, :, 0]
+        wanted_q = turned_by_torch(q, weights[0], cos, sin)[:, :, 0]
         wanted = [
             quantized(x.float()[:, :, 0], top)
-            for x in (prepared(k, weights[1], cos, sin), v)
+            for x in (turned_by_torch(k, weights[1], cos, sin), v)
         ]
         tensors = (q, k, v, weights, cos, sin, k_pages, v_pages, words, table, length)
         q, k, v, weights, cos, sin, k_pages, v_pages, words, table, length = (
@@ -148,7 +149,8 @@ def main():"""
             if SPEC["has_sinks"]:
                 scores = torch.cat((scores, sinks.double().view(-1, 1, 1)), -1)
             want[b] = scores.softmax(-1).nan_to_num(0)[..., : n + 1] @ exact[1]
-        tensors = (q, k_bytes, v_bytes.contiguous(), words, table.int(), before, mask.byte(), sinks)
+        length = before.clone()  # the kernel counts in it
+        tensors = (q, k_bytes, v_bytes.contiguous(), words, table.int(), length, mask.byte(), sinks)
         q, k_pages, v_pages, words, table, length, mask, sinks = (x.to(device) for x in tensors)
         grid = (max(1, min(1320, batch * kv_heads * pages // 2)),)
         out = torch.empty(batch, heads, 1, v_dim, dtype=dtype, device=device)

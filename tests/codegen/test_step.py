@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any, Literal
 
 import pytest
 import torch
 
 from qoqc.codegen import dispatch
+from qoqc.codegen.build import build
+from qoqc.codegen.family import Family
 from qoqc.codegen.kernels import step_call
+from qoqc.codegen.kernels.step_families import STEP_APPEND, STEP_ATTEND, STEP_COMBINE
 from qoqc.codegen.kernels.step_schedule import grid_for
 from qoqc.codegen.kernels.step_spec import Step, StepSpec, random_step, spec_of
 from qoqc.ir import kv_reference
 from qoqc.ir.spec import PAGE, KVSpec
 from qoqc.quant.kv import make_words
+from qoqc.runtime.device import device_key
 
 Bits = Literal[4, 8]
 CHANGED = ("k_pages", "v_pages", "kv_words", "length")
@@ -171,6 +177,15 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
     step = random_step(tiny(), 2, 5, torch.device("cpu"))
     with pytest.raises(ValueError, match=message):
         spec_of(dataclasses.replace(step, **change))
+
+
+@pytest.mark.parametrize("family", [STEP_APPEND, STEP_ATTEND, STEP_COMBINE], ids=lambda f: f.name)
+def test_generated_files_check_themselves(family: Family, device: torch.device) -> None:
+    spec = tiny(form="interleaved", rotated=8, normed=True, has_mask=True)
+    kernel = build(family, spec, family.heuristic(spec, 3, device_key(device)))
+    run = subprocess.run([sys.executable, str(kernel.path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "batch=" in run.stdout
 
 
 def test_grid_follows_capacity_and_the_device() -> None:
