@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from qoqc.codegen.kernels.attention import kv_spec_of
+from qoqc.codegen.kernels.pieces import check_device
 from qoqc.codegen.kernels.pieces_rotary import FORMS
 from qoqc.ir.spec import OUTPUT_DTYPES, PAGE, KVSpec
 from qoqc.quant.kv import empty_pages
@@ -70,8 +71,17 @@ def spec_of(step: Step) -> StepSpec:
     """The spec of a step; ValueError, with the numbers, for what the kernel does not take."""
     q, mask = step.q, step.mask
     kv = kv_spec_of(step.k_pages, step.v_pages, step.kv_words, step.block_table, step.bits)
-    if q.dtype not in OUTPUT_DTYPES:
-        raise ValueError(f"kv4_decode: q must be 16-bit or fp32 floating point, got {q.dtype}")
+    check_device(
+        "kv4_decode", q=q, k=step.k, v=step.v, q_weight=step.q_weight, k_weight=step.k_weight,
+        cos=step.cos, sin=step.sin, k_pages=step.k_pages, block_table=step.block_table,
+        length=step.length, mask=mask, sinks=step.sinks,
+    )  # fmt: skip
+    dtypes = [x.dtype for x in (q, step.k, step.v)]
+    if q.dtype not in OUTPUT_DTYPES or len(set(dtypes)) > 1:
+        raise ValueError(
+            "kv4_decode: q, k and v must have one 16-bit or fp32 floating-point dtype, got "
+            + ", ".join(map(str, dtypes))
+        )
     batch, heads, seq, k_dim = q.shape
     shapes = tuple(tuple(x.shape) for x in (step.k, step.v))
     wanted = ((batch, kv.kv_heads, 1, kv.k_dim), (batch, kv.kv_heads, 1, kv.v_dim))

@@ -26,7 +26,7 @@ Bits = Literal[4, 8]
 CHANGED = ("k_pages", "v_pages", "kv_words", "length")
 
 # relative error of the output: its rounding, and fp16 weights of values (fp32: tf32 terms)
-LIMIT = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 2.5e-3}
+LIMIT = {torch.float32: 2e-6, torch.float16: 8e-4, torch.bfloat16: 2e-3}
 
 
 def tiny(**changes: Any) -> StepSpec:
@@ -67,7 +67,7 @@ def run(step: Step) -> tuple[torch.Tensor, Step]:
     return dispatch.kv4_decode(*vars(after).values()), after
 
 
-def check(step: Step, limit: float | None = None) -> torch.Tensor:
+def check(step: Step) -> torch.Tensor:
     """Compare with the definition; both ways of adding up parts give the same."""
     cpu = copied(moved(step, torch.device("cpu")))
     expected = kv_reference.kv_decode(*vars(cpu).values())
@@ -82,7 +82,7 @@ def check(step: Step, limit: float | None = None) -> torch.Tensor:
                 assert torch.equal(getattr(after, name).cpu(), getattr(cpu, name)), name
         assert torch.isfinite(out).all()
         error = (out.cpu().double() - expected.double()).norm() / expected.double().norm()
-        assert error < (limit or LIMIT[step.q.dtype]), float(error)
+        assert error < LIMIT[step.q.dtype], float(error)
     return out
 
 
@@ -171,6 +171,8 @@ def test_nothing_to_do() -> None:
         ({"length": torch.zeros(3, dtype=torch.long)}, "2 sequences, but length is"),
         ({"k": torch.zeros(2, 2, 2, 16)}, "one new token per sequence"),
         ({"bits": 8}, "not a KV cache of 8 bits"),
+        ({"v": torch.zeros(2, 2, 1, 16).half()}, "must have one 16-bit or fp32"),
+        ({"length": torch.zeros(2, dtype=torch.long, device="meta")}, "must be on one device"),
     ],
 )
 def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
