@@ -79,7 +79,8 @@ def is_only_shape_read(read: Node) -> bool:
 
 
 def _dead(node: Node) -> bool:
-    harmless = is_view(node) or is_call(node, operator.getitem)
+    # a size nobody uses: Dynamo asks for those it held for a variable while it traced
+    harmless = is_view(node) or is_call(node, operator.getitem) or is_method(node, "size")
     return harmless and all(_dead(user) for user in node.users)
 
 

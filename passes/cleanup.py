@@ -15,7 +15,7 @@ PURE_FUNCTIONS = (operator.getitem, getattr, torch.cat, ops.kv4_dequant, ops.qua
 
 
 def cleanup(gm: GraphModule, ctx: Context) -> int:
-    """Erase dead views, weight transposes, cache reads and parameter placeholders.
+    """Erase dead views, sizes, weight transposes, cache reads and parameter placeholders.
 
         k = kv4_dequant(...)[0];  r = k.expand(...)      (no users)   ->   (gone)
 
@@ -35,4 +35,4 @@ def cleanup(gm: GraphModule, ctx: Context) -> int:
 def _is_removable(node: Node, ctx: Context) -> bool:
     if node.op == "placeholder":
         return node in ctx.bound or ctx.parameter(node) is not None
-    return is_view(node) or is_call(node, *PURE_FUNCTIONS) or is_method(node, "t")
+    return is_view(node) or is_call(node, *PURE_FUNCTIONS) or is_method(node, "t", "size")

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from qoqc.artifact.adopt import adopt_weights
 from qoqc.config import Options
 from qoqc.pipeline import compile_graph
-from qoqc.runtime.dynamo import allow_graphs, warn_on_uncompiled_generate
+from qoqc.runtime.dynamo import allow_graphs, keep_floats, warn_on_uncompiled_generate
 from qoqc.runtime.weights import STORE
 
 MAX_GRAPHS = 64
@@ -34,6 +34,7 @@ def qoq(
     Raises OptionError, Unsupported or ArtifactError, which Dynamo wraps.
     """
     allow_graphs(MAX_GRAPHS)
+    keep_floats()
     parsed = Options.parse({**(options or {}), **({} if mode is None else {"mode": mode})})
     if "group_size" not in (options or {}):
         parsed = dataclasses.replace(parsed, group_size=_packed_as(example_inputs, parsed))

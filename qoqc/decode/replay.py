@@ -29,6 +29,20 @@ class Pool:
             torch.cuda.graph(self._anchor, pool=self.handle, capture_error_mode="thread_local"),
         ):
             warnings.simplefilter("ignore")  # that it is empty
+        self.usable = True
+
+    def abandon(self) -> None:
+        """After a capture that could not be ended: no graph of this pool is captured or replayed.
+
+        torch leaves its allocator and its random generator as they are during a capture, and
+        would refuse every random number from here on. The generator gets a new state of the same
+        seed and offset; graphs captured before would draw from the old one.
+        """
+        self.usable = False
+        device = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(device, self.handle)
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 class Replayed:
@@ -57,8 +71,9 @@ class Replayed:
 
     def __call__(self) -> Any:
         """What `run` returns; once captured always the same tensors."""
-        if self._graph is None and (self._pool is None or not self._warm):
+        if self._pool is None or not self._pool.usable or not self._warm:
             self._warm = True
+            self._graph = None
             return self._run()
         if self._graph is None and not self._capture():
             return self._run()
@@ -68,17 +83,25 @@ class Replayed:
 
     def _capture(self) -> bool:
         assert self._pool is not None
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        cause: RuntimeError | None = None
         try:
             # thread_local: other threads, a server's, may use the device meanwhile
             with (
                 recorded() as used,
                 torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode="thread_local"),
             ):
-                self._result = self._run()
+                try:
+                    self._result = self._run()
+                except RuntimeError as error:
+                    cause = error
+                    raise
         except RuntimeError as error:
+            if error is not cause:  # the capture could not even be ended
+                torch.cuda.set_stream(stream)
+                self._pool.abandon()
             self._pool = None
-            reason = str(error).splitlines()[0]
+            reason = str(cause or error).splitlines()[0]
             log.warning("%s cannot be captured and runs without a graph: %s", self._name, reason)
             return False
         # compiled code owns constants that the graph reads: it must outlive torch._dynamo.reset()

@@ -73,6 +73,9 @@ class Selection:
         for processor in self._processors:
             if type(processor) is RepetitionPenaltyLogitsProcessor:
                 scores = penalize(buffers, scores, processor.penalty)
+            elif type(processor) in ACTIVE:
+                if ACTIVE[type(processor)](processor, length):
+                    scores = bar(scores, processor.eos_token_id)
             else:
                 scores = processor(buffers.ids[:, :length], scores)
         tokens = draw(scores) if self._do_sample else scores.argmax(-1)
@@ -101,6 +104,16 @@ def penalize(buffers: Buffers, scores: torch.Tensor, penalty: float) -> torch.Te
     seen = wide.gather(1, ids)
     seen = torch.where(seen < 0, seen * penalty, seen / penalty)
     return wide.scatter(1, ids, seen)[:, :vocabulary]
+
+
+def bar(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Scores [batch, vocabulary] without `tokens` [n], which the head may not know.
+
+    What the length processors do, but for torch.isin, which sorts and waits for many tokens.
+    """
+    vocabulary = torch.arange(scores.shape[-1], device=scores.device)
+    barred = (vocabulary == tokens.to(scores.device)[:, None]).any(0)
+    return scores.masked_fill(barred, -torch.inf)
 
 
 def ignored_prefix(processors: Iterable[Any]) -> torch.Tensor | int:

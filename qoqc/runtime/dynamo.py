@@ -141,6 +141,15 @@ def allow_graphs(count: int) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
 
 
+def keep_floats() -> None:
+    """Let Dynamo keep floats (the eps of a norm, a scale) as constants in every graph.
+
+    Else it takes those in which two models of a process differ for inputs, and the second model's
+    norms would be no norms to a pass.
+    """
+    torch._dynamo.config.specialize_float = True
+
+
 def warn_on_uncompiled_generate(is_ours: Callable[[Any], bool], message: str) -> None:
     """Warn when `.generate` is taken from a torch.compile'd module whose backend is ours.
 

@@ -33,11 +33,25 @@ class KV4Layer(CacheLayerMixin):
         super().__init__()
         self.whole_prefill = whole_prefill
         self.pages_per_sequence = -(-max_cache_len // PAGE)
-        self.max_cache_len = self.pages_per_sequence * PAGE
-        self.bits: int = bits
+        # as text: an int that differs between two models of a process Dynamo takes for a variable
+        self._bits = str(bits)
         self.prefill_kv = prefill_kv
         # a Python flag, so that Dynamo makes one graph for the first prefill and one for the rest
         self.empty = True
+
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens that each sequence can hold.
+
+        Once there are tensors, from them: Dynamo then knows that masks of this length fit them.
+        """
+        pages = self.block_table.shape[1] if self.is_initialized else self.pages_per_sequence
+        return pages * PAGE
+
+    @property
+    def bits(self) -> int:
+        """Of one stored key or value: 4, 8 or 16."""
+        return int(self._bits)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for keys [B, H, S, Dk] and values [B, H, S, Dv]; only shapes are read."""
@@ -69,15 +83,8 @@ class KV4Layer(CacheLayerMixin):
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
         # transformers looks at these two names for "is there a cache", never at their values
         self.keys, self.values = self.k_pages, self.v_pages
-        if not torch.compiler.is_compiling():
-            for tensor in (
-                self.k_pages,
-                self.v_pages,
-                self.kv_words,
-                self.block_table,
-                self.length,
-            ):
-                torch._dynamo.mark_static_address(tensor)
+        _keep_in_place(self.k_pages, self.v_pages, self.kv_words, self.block_table, self.length)
+        _keep_sizes(self.k_pages, self.v_pages, self.kv_words)
         self.is_initialized = True
 
     def update(
@@ -155,7 +162,12 @@ class KV16Layer(KV4Layer):
 
     def __init__(self, max_cache_len: int, whole_prefill: bool = False) -> None:
         super().__init__(max_cache_len, 8, "exact", whole_prefill)
-        self.bits = 16
+        self._bits = "16"
+
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens that each sequence can hold; once there are tensors, from them."""
+        return self.keys.shape[2] if self.is_initialized else self.pages_per_sequence * PAGE
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for keys [B, H, S, Dk] and values [B, H, S, Dv], in their dtype."""
@@ -182,9 +194,8 @@ class KV16Layer(KV4Layer):
             self.keys = within.keys.view(-1)[: count * spec.k_dim].view(*shape, spec.k_dim)
             self.values = within.values.view(-1)[: count * spec.v_dim].view(*shape, spec.v_dim)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
-        if not torch.compiler.is_compiling():
-            for tensor in (self.keys, self.values, self.length):
-                torch._dynamo.mark_static_address(tensor)
+        _keep_in_place(self.keys, self.values, self.length)
+        _keep_sizes(self.keys, self.values, fixed=(1, 3))
         self.is_initialized = True
 
     def bytes_per_token(self) -> int:
@@ -215,3 +226,22 @@ class KV16Layer(KV4Layer):
             index = beam_idx.to(self.length.device)
             for tensor in (self.keys, self.values, self.length):
                 tensor.copy_(tensor.index_select(0, index))
+
+
+def _keep_in_place(*tensors: torch.Tensor) -> None:
+    """Tell CUDA graphs that the tensors' addresses stay the same."""
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
+
+
+def _keep_sizes(*tensors: torch.Tensor, fixed: tuple[int, ...] = (1, 2, 3)) -> None:
+    """Tell Dynamo that these sizes belong to the model.
+
+    It takes every size in which two caches of a process differ for a variable, and no pass could
+    tell heads and bits from it.
+    """
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            for dim in fixed:
+                torch._dynamo.mark_static(tensor, dim)

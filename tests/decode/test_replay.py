@@ -93,6 +93,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> replay.Pool:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", FakeCapture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     return replay.Pool()
 
 
@@ -131,6 +132,39 @@ def test_what_cannot_be_captured_runs_and_says_so(
         "the step cannot be captured and runs without a graph: "
         "operation not permitted when stream is capturing"
     ]
+
+
+@pytest.mark.gpu
+def test_after_a_failed_capture_all_goes_on() -> None:
+    state = torch.zeros(4, device="cuda")
+
+    def step() -> torch.Tensor:
+        state.add_(torch.rand(4, device="cuda"))
+        return state
+
+    def waits() -> float:
+        return float(state.sum().item())
+
+    def drawn(pool: replay.Pool | None) -> torch.Tensor:
+        torch.manual_seed(5)
+        state.zero_()
+        run = Replayed("step", step, pool)
+        for _ in range(4):
+            run()
+        assert run.captured == (pool is not None and pool.usable)
+        return state.clone()
+
+    expected = drawn(None)
+    pool = replay.Pool()
+    assert torch.equal(drawn(pool), expected)
+    stream = torch.cuda.current_stream()
+    failing = Replayed("waits", waits, pool)
+    assert [failing() for _ in range(3)] == [float(expected.sum())] * 3
+    assert not failing.captured
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(drawn(pool), expected)  # abandoned: runs as it is
+    assert torch.equal(drawn(replay.Pool()), expected)
+    assert torch.equal(drawn(None), expected)
 
 
 def cache_of(model: Any) -> KV4Cache:
