@@ -123,12 +123,15 @@ class Family:
 
         A constexpr MAX_REGISTERS of a tile is one of them: a limit per thread, 0 for none.
         """
-        registers = dict(tile.constexprs).get("MAX_REGISTERS", 0)
+        chosen = dict(tile.constexprs)
+        registers = chosen.get("MAX_REGISTERS", 0)
+        # families of several archs say by this constexpr whether theirs has it
+        pdl = self.pdl and chosen.get("DEPENDENT", 1)
         return {
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
             "enable_fp_fusion": self.fp_fusion,
-            **({"launch_pdl": True} if self.pdl else {}),
+            **({"launch_pdl": True} if pdl else {}),
             **({"maxnreg": registers} if registers else {}),
         }
 

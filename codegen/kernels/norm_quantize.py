@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qoqc.codegen.family import Family, Launch, Tile
 from qoqc.codegen.kernels import token_tiles
@@ -105,8 +106,13 @@ def norm_quantize_kernel(
     BLOCK_K: tl.constexpr,
     LOOP: tl.constexpr,
     ROUND_BF16: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Normalize and quantize the tokens pid * ROWS + 0..ROWS-1."""
+    if DEPENDENT:
+        # the weights of the GEMM that comes next may be on their way before this one's input is
+        gdc_launch_dependents()
+        gdc_wait()
     kind: tl.constexpr = x_ptr.dtype.element_ty
     offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_m = offs_m < M
@@ -318,4 +324,5 @@ NORM_QUANTIZE = Family(
     SELFCHECK,
     trial,
     tolerance=TOLERANCE,
+    pdl=True,
 )

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qoqc.runtime.device import DeviceKey
+
 INTERPRETED_DEVICE = "interpreter"
 """Name of the DeviceKey under which kernels run in Triton's interpreter: no inline PTX there."""
 
@@ -112,6 +114,11 @@ def grouped_tile(pid, m_tiles, n_tiles, GROUP_M: tl.constexpr):
     first = (pid // width) * GROUP_M
     rows = tl.minimum(m_tiles - first, GROUP_M)
     return first + (pid % width) % rows, (pid % width) // rows
+
+
+def depends_on(device: DeviceKey) -> tuple[str, int]:
+    """The constexpr DEPENDENT: may a kernel start while the one before it ends? Since sm_90."""
+    return "DEPENDENT", int(device.name != INTERPRETED_DEVICE and device.arch >= 90)
 
 
 def check_device(op: str, **tensors: torch.Tensor | None) -> torch.device:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qoqc.codegen.family import Family, Launch, Tile, Trial
-from qoqc.codegen.kernels.pieces import check_device, round_half_even
+from qoqc.codegen.kernels.pieces import check_device, depends_on, round_half_even
 from qoqc.ir.spec import OUTPUT_DTYPES
 from qoqc.quant.activation import TINY_TOKEN
 from qoqc.quant.pack import ceil_div
@@ -72,8 +73,13 @@ def quantize_kernel(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LOOP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Quantize the tokens pid * ROWS + 0..ROWS-1."""
+    if DEPENDENT:
+        # the weights of the GEMM that comes next may be on their way before this one's input is
+        gdc_launch_dependents()
+        gdc_wait()
     offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_m = offs_m < M
     offs_k = tl.arange(0, BLOCK_K)
@@ -142,13 +148,13 @@ def bind(spec: QuantizeSpec, tile: Tile) -> dict[str, Any]:
     return {"K": spec.features, **dict(tile.constexprs)}
 
 
-def tile_of(features: int, values: int, num_warps: int) -> Tile:
+def tile_of(features: int, values: int, num_warps: int, device: DeviceKey) -> Tile:
     """A tile of about `values` values: whole tokens where they fit, else a piece of one."""
     padded = max(16, triton.next_power_of_2(features))
     loop = padded > ONE_PASS
     block = min(padded, 4096) if loop else padded
     rows = 1 if loop else max(1, values // block)
-    constexprs = (("ROWS", rows), ("BLOCK_K", block), ("LOOP", int(loop)))
+    constexprs = (("ROWS", rows), ("BLOCK_K", block), ("LOOP", int(loop)), depends_on(device))
     return Tile(constexprs, num_warps, num_stages=2)
 
 
@@ -156,7 +162,7 @@ def heuristic(spec: QuantizeSpec, size: int, device: DeviceKey) -> Tile:
     """Eight values or more per thread, and tokens grouped only when there are plenty."""
     padded = min(ONE_PASS, max(16, triton.next_power_of_2(spec.features)))
     values = 2048 if size >= 4 * device.sm_count else padded
-    return tile_of(spec.features, values, min(16, max(1, max(padded, values) // 512)))
+    return tile_of(spec.features, values, min(16, max(1, max(padded, values) // 512)), device)
 
 
 def candidates(spec: QuantizeSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
@@ -164,7 +170,7 @@ def candidates(spec: QuantizeSpec, size: int, device: DeviceKey) -> Sequence[Til
     tiles = {heuristic(spec, size, device): None}
     for values in (1, 2048, 4096):
         for num_warps in (1, 2, 4, 8, 16):
-            tiles[tile_of(spec.features, values, num_warps)] = None
+            tiles[tile_of(spec.features, values, num_warps, device)] = None
     return tuple(tiles)
 
 
@@ -209,4 +215,6 @@ def main():
 """
 
 
-QUANTIZE = Family("quantize", quantize_kernel, bind, heuristic, candidates, SELFCHECK, trial)
+QUANTIZE = Family(
+    "quantize", quantize_kernel, bind, heuristic, candidates, SELFCHECK, trial, pdl=True
+)

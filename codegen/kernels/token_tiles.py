@@ -8,7 +8,7 @@ import torch
 import triton
 
 from qoqc.codegen.family import Tile
-from qoqc.codegen.kernels.pieces import INTERPRETED_DEVICE
+from qoqc.codegen.kernels.pieces import INTERPRETED_DEVICE, depends_on
 from qoqc.runtime.device import DeviceKey
 
 LOOP_BLOCK = 4096
@@ -33,6 +33,7 @@ def tile_of(
         "LOOP": int(loop),
         # the interpreter cuts where hardware rounds
         "ROUND_BF16": int(device.name == INTERPRETED_DEVICE and dtype is torch.bfloat16),
+        **dict([depends_on(device)]),
     }
     return Tile(tuple(constexprs.items()), num_warps, num_stages=2)
 

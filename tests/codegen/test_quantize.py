@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qoqc.codegen import dispatch
-from qoqc.codegen.build import build
+from qoqc.codegen.build import build, generate
 from qoqc.codegen.kernels.quantize import (
     ONE_PASS,
     QUANTIZE,
@@ -143,3 +143,11 @@ def test_offsets_beyond_32_bits(device: torch.device) -> None:
     assert torch.equal(scale[-1:].cpu(), want[1])
     assert torch.equal(total[-1:].cpu(), want[2])
     assert not xq[:-1].any()
+
+
+def test_only_newer_gpus_start_a_kernel_before_the_one_before_has_ended() -> None:
+    spec = QuantizeSpec(4096, torch.bfloat16)
+    for arch, dependent in ((80, False), (89, False), (90, True)):
+        tile = QUANTIZE.heuristic(spec, 64, DeviceKey("A", arch, 108, 163 * 1024))
+        assert ("launch_pdl" in QUANTIZE.options(tile)) == dependent
+        assert ("gdc_wait()" in generate(QUANTIZE, spec, tile)) == dependent

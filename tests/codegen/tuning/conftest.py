@@ -13,9 +13,11 @@ import torch
 from qoqc.codegen.family import Family, Op, Tile, single
 from qoqc.codegen.kernels.quantize import QUANTIZE, QuantizeSpec, tile_of
 from qoqc.codegen.tuning import table as tables
+from qoqc.runtime.device import device_key
 
 SPEC = QuantizeSpec(40, torch.float32)
-TILES = tuple(tile_of(40, values, 1) for values in (64, 128, 256, 512))
+DEVICE = device_key(torch.device("cpu"))
+TILES = tuple(tile_of(40, values, 1, DEVICE) for values in (64, 128, 256, 512))
 
 
 class Clock:

@@ -172,7 +172,8 @@ def test_a_candidate_that_fails_is_dropped(
     clock: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    broken = Tile((("ROWS", 3), ("BLOCK_K", 64), ("LOOP", 0)), num_warps=1)  # not a power of two
+    wrong = (("ROWS", 3), ("BLOCK_K", 64), ("LOOP", 0), ("DEPENDENT", 0))
+    broken = Tile(wrong, num_warps=1)  # not a power of two
     family = dataclasses.replace(family, candidates=lambda *_: (tiles[0], broken, tiles[1]))
     with caplog.at_level(logging.WARNING, logger="qoqc"):
         timed = search(single(family), spec, 9, device, clock(2, 1))
