@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -69,7 +71,9 @@ class Selection:
     def __call__(self, logits: torch.Tensor, length: int) -> None:
         """Choose and append tokens after `length` ones, given logits [batch, vocabulary]."""
         buffers = self._buffers
-        scores = logits.to(torch.float32)
+        # the largest is the largest in 16 bit, too
+        plain = not self._processors and not self._do_sample
+        scores = logits if plain else logits.to(torch.float32)
         for processor in self._processors:
             if type(processor) is RepetitionPenaltyLogitsProcessor:
                 scores = penalize(buffers, scores, processor.penalty)
@@ -78,7 +82,7 @@ class Selection:
                     scores = bar(scores, processor.eos_token_id)
             else:
                 scores = processor(buffers.ids[:, :length], scores)
-        tokens = draw(scores) if self._do_sample else scores.argmax(-1)
+        tokens = draw(scores) if self._do_sample else first_largest(scores)
         buffers.accept(tokens, self._eos, self._pad)
 
 
@@ -123,6 +127,26 @@ def ignored_prefix(processors: Iterable[Any]) -> torch.Tensor | int:
             given: torch.Tensor | int | None = processor.prompt_ignore_length
             return 0 if given is None else given
     return 0
+
+
+def first_largest(scores: torch.Tensor) -> torch.Tensor:
+    """scores.argmax(-1), int64 [batch], the first of equals; NaN counts as largest.
+
+    By pieces of the vocabulary: torch gives few blocks to few rows, and takes 28 us for one of
+    128,256 values on an H200.
+    """
+    width = piece_width(scores.shape[-1])
+    top, place = scores.unflatten(-1, (-1, width)).max(-1)
+    piece = top.argmax(-1, keepdim=True)
+    chosen: torch.Tensor = piece * width + place.gather(-1, piece)
+    return chosen.squeeze(-1)
+
+
+@functools.cache
+def piece_width(vocabulary: int) -> int:
+    """The divisor of `vocabulary` nearest to its root, from above: pieces are as many as long."""
+    root = math.isqrt(max(vocabulary - 1, 0)) + 1
+    return next(width for width in range(root, vocabulary + 1) if vocabulary % width == 0)
 
 
 def draw(scores: torch.Tensor) -> torch.Tensor:
