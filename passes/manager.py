@@ -11,8 +11,10 @@ from qoqc.errors import Unsupported
 from qoqc.ir.verify import check, writes
 from qoqc.log import dump, get_logger, span
 from qoqc.passes.attention import attention
+from qoqc.passes.causal import causal
 from qoqc.passes.cleanup import cleanup
 from qoqc.passes.context import Context
+from qoqc.passes.contiguous import contiguous
 from qoqc.passes.fuse_act import fuse_act
 from qoqc.passes.fuse_glu import fuse_glu
 from qoqc.passes.fuse_norm import fuse_norm
@@ -26,6 +28,7 @@ Pass = Callable[[GraphModule, Context], int]
 
 PIPELINE: tuple[Pass, ...] = (
     normalize,  # first: the others know one spelling each
+    causal,  # before attention, which takes masks as they are
     attention,  # before merge: it looks at the nodes the model wrote
     rotary,  # after attention, which tells what reads the cache; before merge, for the same reason
     merge,  # before linear: packs sibling weights as one
@@ -34,6 +37,7 @@ PIPELINE: tuple[Pass, ...] = (
     share_quant,  # after linear: it looks at quantize_act nodes
     fuse_norm,  # after share_quant: one quantize_act per norm
     fuse_act,
+    contiguous,  # after linear, which leaves some in 16 bit
     cleanup,  # last: the others leave dead nodes behind
 )
 

@@ -91,11 +91,12 @@ def generate(request: Request, steps: Steps) -> Any:
 
     Raises CacheFull when a cache that the caller gave holds fewer tokens than are generated.
     """
-    model, cache, kwargs = request.model, request.cache, request.kwargs
+    model, cache = request.model, request.cache
+    fresh, kwargs = cache.layers[0].empty, _without_idle_mask(request)
     position, mask = kwargs["position_ids"], kwargs.get("attention_mask")
     arguments = {"logits_to_keep": 1} if kwargs.get("logits_to_keep") == 1 else {}
     length, cached = request.input_ids.shape[1], request.input_ids.shape[1]
-    fresh, capacity = cache.layers[0].empty, cache.get_max_length()
+    capacity = cache.get_max_length()
     _require_room(length, capacity)
     outputs = model._prefill(request.input_ids, request.config, kwargs, is_first_iteration=True)
     logits = outputs.logits[:, -1]
@@ -120,6 +121,20 @@ def generate(request: Request, steps: Steps) -> Any:
     cache.rewind(length - final)
     tokens = own.buffers.ids[:, :final].clone()
     return _result(request, tokens, chooser, final - request.input_ids.shape[1])
+
+
+def _without_idle_mask(request: Request) -> dict[str, Any]:
+    """The model's arguments, without a mask that hides nothing.
+
+    Attention is causal then and needs none, which more kernels can do. Some releases of
+    transformers leave it out by themselves. Where a cache goes on, its length tells them how much
+    of the prompt is new.
+    """
+    mask = request.kwargs.get("attention_mask")
+    whole = request.config.prefill_chunk_size is None and request.cache.layers[0].empty
+    if whole and mask is not None and mask.dim() == 2 and bool(mask.all()):
+        return {**request.kwargs, "attention_mask": None}
+    return request.kwargs
 
 
 def _require_room(tokens: int, capacity: int) -> None:
