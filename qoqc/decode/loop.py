@@ -19,8 +19,13 @@ from qoqc.decode.steps import Steps
 from qoqc.decode.watch import Watch
 from qoqc.errors import CacheFull
 from qoqc.log import get_logger
+from qoqc.runtime.dynamo import vary
 
 log = get_logger("decode")
+
+
+AXES = {2: (0, 1), 4: (0, 2, 3)}
+"""The axes that differ from call to call, of tokens [B, S] and of masks [B, 1, S, T]."""
 
 
 def install(model: Any, graphs: bool) -> None:
@@ -76,10 +81,20 @@ def _with_loop(kind: Any) -> Any:
             **model_kwargs,
         )
 
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Module.__call__, whose graphs are for tokens, positions and masks of any size."""
+        for value in kwargs.values():
+            # some models take a mask for each kind of layer
+            for each in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(each, torch.Tensor) and each.dim() in AXES:
+                    vary(each, *AXES[each.dim()])
+        return kind.__call__(self, *args, **kwargs)
+
     members = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
+        "__call__": call,
         "_sample": sample,
         "qoqc_loop": True,
     }

@@ -139,7 +139,17 @@ def graphs_compiled() -> tuple[int, int]:
 
 def allow_graphs(count: int) -> None:
     """Let Dynamo keep `count` graphs per function: beyond its limit it runs the code uncompiled."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
+    _set_in_all_threads("recompile_limit", max(torch._dynamo.config.recompile_limit, count))
+
+
+def vary(tensor: torch.Tensor, *dims: int) -> None:
+    """Have graphs made for any size of these axes, rather than for the first one met.
+
+    Sizes of 1 stay apart: Dynamo makes graphs of their own for them.
+    """
+    for dim in dims:
+        if tensor.shape[dim] > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def same_size(a: Any, b: Any) -> bool:
@@ -153,7 +163,16 @@ def keep_floats() -> None:
     Else it takes those in which two models of a process differ for inputs, and the second model's
     norms would be no norms to a pass.
     """
-    torch._dynamo.config.specialize_float = True
+    _set_in_all_threads("specialize_float", True)
+
+
+def _set_in_all_threads(name: str, value: Any) -> None:
+    """Set an option of Dynamo's for threads still to come, too, a server's for instance.
+
+    Since torch 2.13 what is assigned holds in the thread that assigns it; others see the default.
+    """
+    setattr(torch._dynamo.config, name, value)
+    cast("Any", torch._dynamo.config)._config[name].default = value
 
 
 def warn_on_uncompiled_generate(is_ours: Callable[[Any], bool], message: str) -> None:

@@ -11,6 +11,7 @@ from qoqc.errors import Unsupported
 from qoqc.ir import ops
 from qoqc.ir.spec import PAGE, KVSpec
 from qoqc.quant.kv import empty_pages
+from qoqc.runtime.dynamo import vary
 
 
 class KV4Layer(CacheLayerMixin):
@@ -85,6 +86,10 @@ class KV4Layer(CacheLayerMixin):
         self.keys, self.values = self.k_pages, self.v_pages
         _keep_in_place(self.k_pages, self.v_pages, self.kv_words, self.block_table, self.length)
         _keep_sizes(self.k_pages, self.v_pages, self.kv_words)
+        if not torch.compiler.is_compiling():
+            for pool in (self.k_pages, self.v_pages, self.kv_words, self.length):
+                vary(pool, 0)
+            vary(self.block_table, 0, 1)
         self.is_initialized = True
 
     def update(

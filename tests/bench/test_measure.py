@@ -51,7 +51,7 @@ def test_long_runs_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "LONG", 0.01)
     model = Sleeper()
     measure_speed(System("s", model), batch=1, prompt=4, gen=3)
-    assert [tokens for _, tokens in model.asked] == [3, 1, 3]
+    assert [tokens for _, tokens in model.asked] == [3, 1, 1, 3]
 
 
 def test_served_takes_fewer_when_memory_ends() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import qoqc
 from qoqc import pipeline
+from qoqc.backend import MAX_GRAPHS
 from qoqc.errors import StaleWeights
 from qoqc.runtime.weights import STORE
 from qoqc.testing import VOCAB, sqnr, tiny_model
@@ -256,3 +258,17 @@ def step_logits(model: Any) -> tuple[torch.Tensor, ...]:
     )
     logits: tuple[torch.Tensor, ...] = out.logits
     return logits
+
+
+def test_threads_see_the_limits_of_the_backend() -> None:
+    torch.compile(torch.nn.Linear(8, 8).requires_grad_(False), backend="qoq")(torch.randn(2, 8))
+    seen: list[tuple[int, bool]] = []
+
+    def look() -> None:
+        config: Any = torch._dynamo.config
+        seen.append((config.recompile_limit, config.specialize_float))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [(MAX_GRAPHS, True)]
