@@ -13,6 +13,8 @@ from qoqc.config import Options
 from qoqc.decode import loop
 from qoqc.decode.caches import CacheProvider
 from qoqc.errors import ArtifactError, Unsupported
+from qoqc.parallel import load as parallel
+from qoqc.parallel.ranks import Count, join
 from qoqc.runtime import attention_interface
 from qoqc.runtime.weights import STORE
 
@@ -36,6 +38,10 @@ def compile(model: Model, **options: Any) -> Model:
     if getattr(model, "hf_quantizer", None) is not None and hasattr(model, "qoqc_options"):
         options = dataclasses.asdict(_replaced(attributes.qoqc_options, options, "the artifact"))
     parsed = Options.parse(options)
+    if hasattr(model, "qoqc_parallel"):
+        own = attributes.qoqc_parallel.exclude(parsed.lm_head)
+        options["exclude"] = [*parsed.exclude, *own]
+        parsed = Options.parse(options)
     require_decoder(model)
     parsed.layer_bits(attributes.config.get_text_config(decoder=True).num_hidden_layers)
     model.requires_grad_(False)
@@ -57,15 +63,30 @@ def compile(model: Model, **options: Any) -> Model:
 
 
 def load(
-    directory: str | os.PathLike[str], device: str | torch.device = "cpu", **options: Any
+    directory: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    tp: Count | None = None,
+    tp_exact: bool = False,
+    **options: Any,
 ) -> Any:
     """The model of an artifact, compiled; `options` replace those it was made with.
 
+    tp        split it among so many processes, or "auto" = among all that were started together
+              (by torchrun), each of which calls this and later generate() alike: docs/parallel.md
+    tp_exact  the integers that one process would sum, for two more exchanges per layer
+
     Raises ArtifactError if the artifact is missing, damaged, of another format version, or packed
-    with another group_size; OptionError for bad options.
+    with another group_size; OptionError for bad options; Unsupported for a model that cannot be
+    split among so many.
     """
     Options.parse(options)  # bad ones before anything is read
-    model, made_with = load_model(directory, device)
+    if tp is None:
+        model, made_with = load_model(directory, device)
+    else:
+        model, made_with = parallel.load_model(
+            directory, join(tp, device), exact=tp_exact, lm_head=options.get("lm_head")
+        )
     chosen = _replaced(made_with, options, str(directory))
     return compile(model, **dataclasses.asdict(chosen))
 

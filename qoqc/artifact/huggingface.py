@@ -93,6 +93,7 @@ class QoqQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise Unsupported(f"{METHOD} loads from an artifact's files only, not a state_dict")
         self.directory = Path(checkpoint_files[0]).parent
+        _require_one_process(model.config, self.directory)
         self.manifest = _manifest(self.directory, model.config)
         foreign = {Path(name).name for name in checkpoint_files} ^ self.manifest.shards.keys()
         if foreign:
@@ -257,6 +258,18 @@ def _manifest(directory: Path, config: Any) -> Manifest:
                 f"whole ({error})"
             ) from error
     return Manifest.read(directory)
+
+
+def _require_one_process(config: Any, where: Path) -> None:
+    """Raise Unsupported where transformers would cut up packed weights as if they were 16-bit."""
+    distributed = getattr(config, "distributed_config", None)
+    for name in ("tp_size", "fsdp_size", "pp_size"):
+        size = getattr(distributed, name, None) or 1
+        if size > 1:
+            raise Unsupported(
+                f"{where}: transformers cannot split packed weights ({name}={size}); use "
+                f"qoqc.load({str(where)!r}, tp={size})"
+            )
 
 
 def _require_complete(model: Module, manifest: Manifest, where: Path) -> None:

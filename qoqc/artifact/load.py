@@ -32,8 +32,8 @@ def load_model(
     """
     with PackedFile(Path(directory), torch.device(device)) as file:
         options = made_with(file.manifest)
-        model = _build(file)
-        _fill(model, file)
+        model = build(file)
+        fill(model, file)
     attach(model, file.manifest, file.directory)
     return model.eval().requires_grad_(False), options
 
@@ -54,7 +54,11 @@ class _NoValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _build(file: PackedFile) -> Any:
+def build(file: PackedFile) -> Any:
+    """The model that an artifact's config describes, its weights on the meta device.
+
+    Raises ArtifactError if the config is damaged, or transformers lacks the class.
+    """
     name = file.manifest.architecture
     kind = getattr(transformers, name, None)
     if kind is None:
@@ -78,8 +82,11 @@ def _build(file: PackedFile) -> Any:
     return model
 
 
-def _fill(model: Any, file: PackedFile) -> None:
-    """Put every tensor of the artifact in its place and check that none is left out."""
+def fill(model: Any, file: PackedFile) -> None:
+    """Put every tensor of the artifact in its place and check that none is left out.
+
+    Raises ArtifactError if the artifact and the model differ in names or shapes.
+    """
     manifest = file.manifest
     modules = open_modules(model, manifest, file.directory)
     for name, module in largest_first(modules):

@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qoqc.ir.spec import GROUP, TILE_N
+from qoqc.parallel.load import split
+from qoqc.parallel.ranks import Ranks
 from qoqc.quant.pack import ceil_div
 from qoqc.quant.weight import PackedWeight
 from qoqc.runtime.weights import STORE, GroupSize, WeightRef
@@ -32,19 +34,26 @@ def dense_model(sizes: dict[str, Any], device: torch.device) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def packed_model(sizes: dict[str, Any], device: torch.device, group_size: GroupSize = 128) -> Any:
+def packed_model(
+    sizes: dict[str, Any],
+    device: torch.device,
+    group_size: GroupSize = 128,
+    ranks: Ranks | None = None,
+) -> Any:
     """A bf16 model whose linears wait packed in STORE, random 4-bit codes, ready for qoqc.compile.
 
     Their Parameters read as NaN, so the model only runs compiled, with the same group_size. The
     head, the embedding, norms and biases are in bf16. Peak memory beyond the model: one weight.
+    With `ranks` it is this rank's part of a model; the whole one never exists.
     """
-    device = torch.empty(0, device=device).device  # "cuda" is no tensor's device, "cuda:0" is
     # "cuda" as tensors name it, "cuda:0": what is compared below would differ otherwise
     device = torch.empty(0, device=device).device
     with _NoWeights():
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(**sizes), dtype=torch.bfloat16
         )
+    if ranks is not None:
+        split(model, ranks)
     head = model.get_output_embeddings()
     linears = {
         f"{name}.weight": module
@@ -58,6 +67,8 @@ def packed_model(sizes: dict[str, Any], device: torch.device, group_size: GroupS
         STORE.adopt(WeightRef(param, False, name), random_packed(n, k, device, group_size))
         STORE.release(STORE.bundle([WeightRef(param, False, name)], group_size), [param])
         module.weight = param
+    if ranks is not None:  # parts may differ in size, and what all ranks hold must not differ
+        torch.manual_seed(torch.initial_seed())
     _fill_rest(model, device)
     return model.eval().requires_grad_(False)
 
