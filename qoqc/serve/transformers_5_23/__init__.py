@@ -1,0 +1,1 @@
+"""What of transformers 5.23's continuous batching is replaced, class by class."""

@@ -1,0 +1,51 @@
+"""What a step is made of, on the host: which tokens of the row are whose, and their pages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from qoqc.ir.spec import PAGE
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The share of one request in a step.
+
+    blocks  its pages, first to last; at least those of all its tokens so far and of the new ones
+    start   tokens it has in them already
+    count   new tokens, the next `count` of the row
+    """
+
+    blocks: Sequence[int]
+    start: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        """Tokens it has after the step."""
+        return self.start + self.count
+
+    @property
+    def pages(self) -> int:
+        """How many of its pages the step reads."""
+        return -(-self.stop // PAGE)
+
+
+def leading_singles(works: Sequence[Work]) -> int:
+    """How many requests in front have one new token each."""
+    for number, work in enumerate(works):
+        if work.count != 1:
+            return number
+    return len(works)
+
+
+def in_window(queries: torch.Tensor, keys: int, window: int) -> torch.Tensor:
+    """Which keys are among the last `window` for queries at positions int64 [B, S].
+
+    bool [B, 1, S, keys]; keys after the query are not excluded here.
+    """
+    key = torch.arange(keys, device=queries.device)
+    return (key > queries[..., None] - window)[:, None]
