@@ -105,12 +105,8 @@ class Report:
             console.print(f"note: {line}", markup=False)
 
     def _write(self) -> None:
-        if self._path is None:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_name(self._path.name + ".part")
-        partial.write_text(json.dumps(self.json(), indent=1) + "\n")
-        os.replace(partial, self._path)
+        if self._path is not None:
+            write_json(self._path, self.json())
 
     def _speed_table(self) -> Table:
         names = ("", "batch", "in", "out", "step ms", "decode tok/s", "prefill tok/s")
@@ -188,6 +184,14 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
 
 def _gib(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a file that is whole at any time; makes its directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def environment() -> dict[str, str]:

@@ -14,6 +14,20 @@ from typing import Annotated
 import typer
 
 import qoqc
+from qoqc.cli.bench_command import bench_command
+from qoqc.cli.options import (
+    AnyArgument,
+    Device,
+    Dtype,
+    Exclude,
+    GroupSize,
+    KvBits,
+    LmHead,
+    MaxShardSize,
+    ModelArgument,
+    Strict,
+)
+from qoqc.cli.serve_command import serve_command
 from qoqc.errors import QoqcError
 
 app = typer.Typer(
@@ -22,25 +36,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model directory or a name on the Hugging Face Hub")
-]
-AnyArgument = Annotated[
-    str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="A model, or what `qoqc compile` wrote")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto = cuda if there is one")]
-GroupSize = Annotated[int, typer.Option(help="Weights per group: 128, or -1 = per channel")]
-KvBits = Annotated[int, typer.Option(help="Bits of the KV cache: 4, 8 or 16")]
-LmHead = Annotated[
-    str | None, typer.Option(help="16, w8a8 or w4a8; default: the artifact's, or 16")
-]
-Exclude = Annotated[
-    list[str], typer.Option(metavar="PATTERN", help="Linears left in 16 bit; may be repeated")
-]
-Strict = Annotated[bool, typer.Option("--strict", help="A node left in 16 bit is an error")]
-MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Of a weight file: 5GB, 500MB")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bf16, fp16 or fp32")]
 
 
 @app.callback(invoke_without_command=True)
@@ -189,85 +184,8 @@ def eval_command(
         raise typer.Exit(code)
 
 
-@app.command("bench")
-def bench_command(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="Instead of --shape")
-    ] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(help="Random weights: llama-3-8b, llama-2-7b, qwen2.5-72b or qwen3-8b"),
-    ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Fewer than the shape has")] = None,
-    batch: Annotated[str, typer.Option(metavar="N,N", help="Batches, or none")] = "1,64",
-    baseline_batch: Annotated[
-        str | None, typer.Option(metavar="N,N", help="Those of the 16-bit model; default: --batch")
-    ] = None,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens in")] = 1024,
-    gen: Annotated[int, typer.Option(min=2, help="Tokens out")] = 128,
-    prefill: Annotated[
-        str, typer.Option(metavar="BxN", help="More prefills, batch x tokens, or none")
-    ] = "none",
-    breakdown: Annotated[
-        str, typer.Option(metavar="N,N", help="Batches whose step is shown by kernel, or none")
-    ] = "none",
-    served: Annotated[
-        str, typer.Option(metavar="INxOUT", help="Tokens in and out of a served batch, or none")
-    ] = "none",
-    served_batch: Annotated[
-        int | None, typer.Option(min=1, help="Its size; default: the largest that fits")
-    ] = None,
-    served_baseline: Annotated[
-        bool, typer.Option("--served-baseline", help="Serve by the 16-bit model too")
-    ] = False,
-    baseline: Annotated[
-        bool, typer.Option("--baseline/--no-baseline", help="Measure the 16-bit model")
-    ] = True,
-    group_size: Annotated[
-        int | None, typer.Option(help="128 or -1 = per channel; default: the artifact's, or 128")
-    ] = None,
-    kv_bits: Annotated[
-        int | None, typer.Option(help="4, 8 or 16; default: the artifact's, or 4")
-    ] = None,
-    lm_head: LmHead = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    glue: Annotated[str, typer.Option(help="inductor, or eager = no compile time")] = "inductor",
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Directory for bench.json and bench.png")
-    ] = None,
-) -> None:
-    """Decode, prefill and served speed, memory, and a decode step kernel by kernel.
-
-    In the same run for the model in 16 bit, by transformers with a static cache and Inductor.
-    """
-    from qoqc.bench.plan import Plan, numbers, pairs  # noqa: PLC0415  slow to import, see above
-    from qoqc.cli.bench import run  # noqa: PLC0415  slow to import, see above
-
-    served_sizes = pairs("--served", served)
-    plan = Plan(
-        batches=numbers("--batch", batch),
-        baseline_batches=numbers("--baseline-batch", baseline_batch or batch),
-        prompt=prompt,
-        gen=gen,
-        prefill=pairs("--prefill", prefill),
-        breakdown=numbers("--breakdown", breakdown),
-        served=served_sizes[0] if served_sizes else None,
-        served_batch=served_batch,
-        served_baseline=served_baseline,
-    )
-    given = {"group_size": group_size, "kv_bits": kv_bits, "lm_head": lm_head}
-    run(
-        model,
-        shape,
-        plan,
-        {**{name: value for name, value in given.items() if value is not None}, "glue": glue},
-        layers=layers,
-        device=device,
-        dtype=dtype,
-        baseline=baseline,
-        output=output,
-    )
+app.command("serve")(serve_command)
+app.command("bench")(bench_command)
 
 
 @app.command("convert")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,43 @@ def run(
     One of model_name and shape_name must be given. raw_options: of qoqc.compile; for an artifact
     they replace its own.
     """
+    contest, longest = make_contest(
+        model_name,
+        shape_name,
+        raw_options,
+        layers=layers,
+        device=device,
+        dtype=dtype,
+        baseline=baseline,
+    )
+    if longest is not None and plan.longest() > longest:
+        raise OptionError(f"{plan.longest()} tokens are asked for, the model takes {longest}")
+    folder = None if output is None else Path(output)
+    settings = {**dataclasses.asdict(plan), "options": raw_options, "layers": layers}
+    name = shape_name or str(model_name)
+    report = Report(name, settings, None if folder is None else folder / "bench.json")
+    torch.manual_seed(0)
+    with telling() as tell:
+        measure(contest, plan, report, tell)
+    report.show(output_console())
+    if folder is None or not can_plot("bench.png"):
+        return
+    from qoqc.bench.plot import plot  # noqa: PLC0415  matplotlib is optional
+
+    plot(report, folder / "bench.png")
+
+
+def make_contest(
+    model_name: str | None,
+    shape_name: str | None,
+    raw_options: dict[str, Any],
+    *,
+    layers: int | None,
+    device: str,
+    dtype: str,
+    baseline: bool,
+) -> tuple[Contest, int | None]:
+    """The models to compare, and the most tokens they take. Arguments are those of `run`."""
     if (model_name is None) == (shape_name is None):
         raise OptionError("bench takes a MODEL or --shape NAME: one of them")
     Options.parse(raw_options)
@@ -61,15 +100,14 @@ def run(
         if layers is not None:
             raise OptionError("--layers goes with --shape: a checkpoint has its layers")
         contest, longest = _of_model(model_name, where, raw_options, kind)
-    if longest is not None and plan.longest() > longest:
-        raise OptionError(f"{plan.longest()} tokens are asked for, the model takes {longest}")
     if not baseline:
         contest = dataclasses.replace(contest, baseline="the 16-bit model was not asked for")
-    folder = None if output is None else Path(output)
-    settings = {**dataclasses.asdict(plan), "options": raw_options, "layers": layers}
-    name = shape_name or str(model_name)
-    report = Report(name, settings, None if folder is None else folder / "bench.json")
-    torch.manual_seed(0)
+    return contest, longest
+
+
+@contextmanager
+def telling() -> Iterator[Callable[[str], None]]:
+    """Yields a function that shows what is done now: as a bar, or a line where there is none."""
     with steps() as shown:
 
         def tell(what: str) -> None:
@@ -77,18 +115,22 @@ def run(
             if not progress_console.is_terminal:
                 progress_console.print(what)
 
-        measure(contest, plan, report, tell)
+        yield tell
         shown.finish()
-    stdout = Console(highlight=False)
-    report.show(stdout if stdout.is_terminal else Console(highlight=False, width=WIDTH))
-    if folder is None:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no bench.png: it needs matplotlib, pip install 'qoqc[bench]'", file=sys.stderr)
-        return
-    from qoqc.bench.plot import plot  # noqa: PLC0415  matplotlib is optional
 
-    plot(report, folder / "bench.png")
+
+def output_console() -> Console:
+    """Where tables go: stdout, wide enough for them if it is no terminal."""
+    stdout = Console(highlight=False)
+    return stdout if stdout.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+def can_plot(name: str) -> bool:
+    """Whether matplotlib is there; without, says that there will be no picture `name`."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    print(f"no {name}: it needs matplotlib, pip install 'qoqc[bench]'", file=sys.stderr)
+    return False
 
 
 def _of_shape(

@@ -62,7 +62,7 @@ def _load(model_name: str, device: torch.device, glue: str) -> tuple[Any, Any]:
         if tokenizer is None:
             raise Unsupported(f"{model_name} has no tokenizer, and a chat needs one")
         # only what differs from the defaults, so that an artifact keeps its own options
-        options = {"glue": glue} if glue != Options().glue else {}
+        options: dict[str, Any] = {"glue": glue} if glue != Options().glue else {}
         if is_artifact(Path(model_name)):
             return qoqc.generate.load(model_name, device, **options), tokenizer
         return qoqc.generate.compile(load_model(model_name, device), **options), tokenizer

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server around a continuous batching engine (docs/serving.md)."""
