@@ -22,6 +22,7 @@ from qoqc.codegen.kernels.attention_decode import ATTENTION_DECODE
 from qoqc.codegen.kernels.attention_prefill import ATTENTION_PREFILL
 from qoqc.codegen.kernels.gemm_forms import GEMM
 from qoqc.codegen.kernels.kv_append import KV_APPEND
+from qoqc.codegen.kernels.kv_round import KV_ROUND
 from qoqc.codegen.kernels.norm_quantize import NORM_QUANTIZE
 from qoqc.codegen.kernels.quantize import QUANTIZE
 from qoqc.codegen.kernels.rotate_append_call import KV_ROTATE_APPEND
@@ -42,6 +43,7 @@ OPS: dict[str, Op] = {
         GEMM,
         single(KV_APPEND),
         single(KV_ROTATE_APPEND),
+        single(KV_ROUND),
         single(ATTENTION_DECODE),
         single(ATTENTION_COMBINE),
         single(ATTENTION_PREFILL),

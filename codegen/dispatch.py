@@ -24,6 +24,7 @@ from qoqc.codegen.kernels import (
     attention_prefill,
     gemm,
     kv_append,
+    kv_round,
     norm_call,
     norm_quantize,
     quantize,
@@ -194,6 +195,13 @@ def kv4_rotate_append(*args: Any) -> tuple[Tensor, Tensor]:
         return rotate_append_call.launch(kernel, call)
 
 
+def kv4_round(x: Tensor, bits: Literal[4, 8]) -> Tensor:
+    """qoqc::kv4_round by a generated kernel."""
+    spec = kv_round.spec_of(x, bits)
+    with torch.cuda.device_of(x):
+        return kv_round.launch(kernel_for(OPS["kv_round"], spec, _tokens(x), x.device), x)
+
+
 def kv4_attention(
     q: Tensor,
     k_pages: Tensor,
@@ -277,6 +285,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "w4a8_glu": w4a8_glu,
     "kv4_append": kv4_append,
     "kv4_rotate_append": kv4_rotate_append,
+    "kv4_round": kv4_round,
     "kv4_attention": kv4_attention,
     "kv4_decode": kv4_decode,
 }

@@ -16,6 +16,7 @@ from qoqc.codegen.kernels import (
     act_quantize,
     attention,
     attention_decode,
+    kv_round,
     norm_call,
     rotate_append_call,
     step_spec,
@@ -71,6 +72,9 @@ def wanted(gm: GraphModule) -> list[Wanted]:
             bits: Any = argument(node, 7, "bits")
             cache = attention.kv_spec_of(k_pages, v_pages, kv_words, table, bits)
             found[Wanted("kv_append", cache)] = None
+        if is_call(node, ops.kv4_round):
+            rounding: Any = argument(node, 1, "bits")
+            found[Wanted("kv_round", kv_round.spec_of(example(node.args[0]), rounding))] = None
         if is_call(node, ops.kv4_attention):
             found.update(dict.fromkeys(_attention(node)))
         if is_call(node, ops.kv4_rotate_append):

@@ -22,6 +22,7 @@ import triton
 from qoqc.codegen.aot import compile_for
 from qoqc.codegen.build import FAMILIES
 from qoqc.codegen.kernels.act_quantize import ActSpec
+from qoqc.codegen.kernels.kv_round import RoundSpec
 from qoqc.codegen.kernels.norm_call import NormSpec
 from qoqc.codegen.kernels.quantize import QuantizeSpec
 from qoqc.codegen.kernels.rotate_append_call import RotateSpec
@@ -155,6 +156,8 @@ def attention_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
     kv = KVSpec(8, 128, 128)
     for tokens in (1, 512):
         yield "kv_append", kv, tokens
+    for bits in (4, 8):
+        yield "kv_round", RoundSpec(128, bits, torch.bfloat16), 512
     plain = AttentionSpec(32, kv, torch.bfloat16)
     full = AttentionSpec(32, kv, torch.bfloat16, has_mask=True, has_chunk=True)
     yield "attention_combine", plain, 1

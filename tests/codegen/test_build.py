@@ -18,6 +18,7 @@ from qoqc.codegen.kernels.act_quantize import ACT_QUANTIZE, ActSpec
 from qoqc.codegen.kernels.gemm_hopper_tiles import GEMM_HOPPER
 from qoqc.codegen.kernels.gemm_plain import GEMM_PLAIN
 from qoqc.codegen.kernels.gemm_ways import GEMM_WAYS
+from qoqc.codegen.kernels.kv_round import KV_ROUND, RoundSpec
 from qoqc.codegen.kernels.norm_call import NormSpec
 from qoqc.codegen.kernels.norm_quantize import NORM_QUANTIZE
 from qoqc.codegen.kernels.quantize import QUANTIZE, QuantizeSpec, launch
@@ -195,6 +196,7 @@ def test_generated_files_import_nothing_else(name: str) -> None:
         (GEMM_PLAIN, LinearSpec(200, 72, 128, torch.bfloat16, has_bias=True)),
         (GEMM_PLAIN, LinearSpec(128, 130, -1, torch.float32, has_residual=True)),
         (GEMM_WAYS, LinearSpec(200, 72, 128, torch.bfloat16, has_bias=True)),
+        (KV_ROUND, RoundSpec(40, 4, torch.bfloat16)),
         (GEMM_WAYS, LinearSpec(640, 130, -1, torch.float32, has_residual=True)),
     ],
 )
