@@ -63,34 +63,42 @@ fma.rn.bf16x2 $3, $3, one, centre;
 }
 """)
 
-# Without the subtraction: 1024 + n and 128 + n. Sums over them are set right by their constants.
-RAW_NIBBLES_FP16 = tl.constexpr("""
+# As subnormal fp16: n * 2**-24 and, where the nibble stands four bits higher, n * 2**-20. Five
+# instructions for eight codes; bytes 1 and 2 of four change places. Tensor cores take subnormals.
+TINY_NIBBLES = tl.constexpr("""
 {
-.reg .b32 t, u, magic;
-mov.b32 magic, 0x64646464;
-and.b32 t, $4, 0x0f0f0f0f;
-shr.u32 u, $4, 4;
-and.b32 u, u, 0x0f0f0f0f;
-prmt.b32 $0, t, magic, 0x4140;
-prmt.b32 $1, t, magic, 0x4342;
-prmt.b32 $2, u, magic, 0x4140;
-prmt.b32 $3, u, magic, 0x4342;
+.reg .b32 odd;
+shr.u32 odd, $4, 8;
+and.b32 $0, $4, 0x000f000f;
+and.b32 $1, odd, 0x000f000f;
+and.b32 $2, $4, 0x00f000f0;
+and.b32 $3, odd, 0x00f000f0;
 }
 """)
 
-RAW_NIBBLES_BF16 = tl.constexpr("""
+# The same less 8 * 2**-24 and 8 * 2**-20.
+TINY_CENTRED_NIBBLES = tl.constexpr("""
 {
-.reg .b32 t, u, magic;
-mov.b32 magic, 0x43434343;
-and.b32 t, $4, 0x0f0f0f0f;
-shr.u32 u, $4, 4;
-and.b32 u, u, 0x0f0f0f0f;
-prmt.b32 $0, t, magic, 0x4140;
-prmt.b32 $1, t, magic, 0x4342;
-prmt.b32 $2, u, magic, 0x4140;
-prmt.b32 $3, u, magic, 0x4342;
+.reg .b32 odd, low, high;
+mov.b32 low, 0x00080008;
+mov.b32 high, 0x00800080;
+shr.u32 odd, $4, 8;
+and.b32 $0, $4, 0x000f000f;
+and.b32 $1, odd, 0x000f000f;
+and.b32 $2, $4, 0x00f000f0;
+and.b32 $3, odd, 0x00f000f0;
+sub.f16x2 $0, $0, low;
+sub.f16x2 $1, $1, low;
+sub.f16x2 $2, $2, high;
+sub.f16x2 $3, $3, high;
 }
 """)
+
+TINY = tl.constexpr(24)
+"""Tiny codes are those of the low nibbles times 2**-TINY."""
+
+TINY_STEP = tl.constexpr(16)
+"""Tiny codes of the high nibbles are larger by this factor."""
 
 NIBBLE_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,r")
 
@@ -149,50 +157,37 @@ def load_codes(
 
 
 @triton.jit
-def load_raw(
-    base, offsets, second, mask, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
-    RAW: tl.constexpr,
-):  # fmt: skip
-    """`load_codes`; RAW: codes + 1024 in fp16, codes + 128 in bf16, which saves an instruction
-    for two codes (4 bits, with PTX)."""
-    if not RAW:
-        low, high = load_codes(base, offsets, second, mask, BITS, DTYPE, PTX)
+def load_tiny(base, offsets, mask, CENTRED: tl.constexpr):
+    """Low and high nibbles of the bytes at base + offsets as tiny fp16 codes (TINY_NIBBLES).
+
+    Along the last axis they stand in the order of `tiny_order`.
+    """
+    stored = tl.load(base + offsets, mask=mask, other=0)
+    if CENTRED:
+        low, high = tl.inline_asm_elementwise(
+            TINY_CENTRED_NIBBLES,
+            NIBBLE_CONSTRAINTS,
+            [stored],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
     else:
-        stored = tl.load(base + offsets, mask=mask, other=0)
-        if tl.float16 == DTYPE:
-            low, high = tl.inline_asm_elementwise(
-                RAW_NIBBLES_FP16,
-                NIBBLE_CONSTRAINTS,
-                [stored],
-                dtype=(tl.float16, tl.float16),
-                is_pure=True,
-                pack=4,
-            )
-        else:
-            low, high = tl.inline_asm_elementwise(
-                RAW_NIBBLES_BF16,
-                NIBBLE_CONSTRAINTS,
-                [stored],
-                dtype=(tl.bfloat16, tl.bfloat16),
-                is_pure=True,
-                pack=4,
-            )
+        low, high = tl.inline_asm_elementwise(
+            TINY_NIBBLES,
+            NIBBLE_CONSTRAINTS,
+            [stored],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
     return low, high
 
 
 @triton.jit
-def prefetch(start, LINES: tl.constexpr, PTX: tl.constexpr):
-    """Fetch LINES lines of 128 bytes from `start` on into L2, without waiting."""
-    if PTX:
-        lines = (start + tl.arange(0, LINES) * 128).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [lines],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+def tiny_order(i):
+    """Which byte tiny code `i` comes from: of four, bytes 1 and 2 change places."""
+    return (i & -4) | ((i & 1) << 1) | ((i >> 1) & 1)
 
 
 @triton.jit
@@ -210,6 +205,12 @@ def level_of(words0, words1, level):
 def power_of_two(exponent):
     """2.0 ** exponent for an int32 scalar of -126 to 127."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def octave_of(x):
+    """floor(log2) of a positive fp32 scalar, as int32: no less than -95."""
+    return tl.maximum(x.to(tl.int32, bitcast=True) >> 23, 32) - 127
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Attention of the newest token of each sequence over the pages of the KV cache: a decode step.
 
-q [B, Hq, Dk] turned, its token in the cache already (step_append.py) -> out [B, Hq, Dv], or parts.
+q [B, Hq, Dk] as step_append.py leaves it, its token in the cache already -> out [B, Hq, Dv], or
+parts of it.
 A block is a worker with a run of pages, of one or several (sequence, KV head): step_schedule.py.
 step_combine.py adds up the parts of a (sequence, KV head): in the worker that ends last, or in a
 launch of its own where there are many. Twin: ir/kv_reference.py kv_decode.
@@ -16,19 +17,23 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qoqc.codegen.kernels.pieces_kv import (
     LOG2E,
+    TINY,
+    TINY_STEP,
     capped,
     level_of,
     load_codes,
-    load_raw,
+    load_tiny,
     mma,
     power_of_two,
-    prefetch,
     split_word,
+    tiny_order,
 )
 from qoqc.codegen.kernels.step_combine import combine_parts, part_of, quotient
 from qoqc.codegen.kernels.step_schedule import (
     LEAVES,
     all_pages,
+    arrive,
+    comes_last,
     count_tokens,
     find_sequence,
     owner_of,
@@ -50,10 +55,11 @@ SHIFT = tl.constexpr(15 + 14 - 4)
     ]
 )  # fmt: skip
 def step_attend(
-    q_ptr,  # [B, Hq, Dk]
+    q_ptr, q_sum_ptr, q_unit_ptr,  # [B, Hq, Dk], fp32 [B, Hq] and [B, Hkv]: step_append.py
     k_pages_ptr, v_pages_ptr, words_ptr,
     table_ptr, table_stride,
-    length_ptr, length_stride,  # without the newest token
+    length_ptr, length_stride,  # without the newest token, which one block counts in there
+    cached_ptr,  # int32 [B], what was in there before: step_append.py
     mask_ptr, mask_stride, mask_len,
     sinks_ptr,
     out_ptr,  # [B, Hq, Dv]
@@ -76,9 +82,7 @@ def step_attend(
     KIND: tl.constexpr,
     ROUND_BF16: tl.constexpr,
     PTX: tl.constexpr,
-    K_RAW: tl.constexpr,
-    K_LINES: tl.constexpr,
-    V_LINES: tl.constexpr,
+    TINY_CODES: tl.constexpr,
     DEPENDENT: tl.constexpr,
     SHORT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -94,15 +98,28 @@ def step_attend(
     K_BYTES: tl.constexpr = K_DIM * BITS // 8
     V_BYTES: tl.constexpr = 8 * BITS
     CENTRE: tl.constexpr = 8.0 if BITS == 4 else 128.0
-    K_BIAS: tl.constexpr = 128.0 if K_RAW else -CENTRE  # by so much codes of K are loaded larger
+    K_BIAS: tl.constexpr = 0.0 if TINY_CODES else -CENTRE  # by so much codes of K are loaded larger
     worker = tl.program_id(0)
     capacity = pages * (2 * HALF)
     total_pages, each = all_pages(length_ptr, length_stride, batch, capacity, KV_HEADS)
-    workers = workers_for(total_pages, each, tl.num_programs(0), SHORT)
-    run = run_start(worker, total_pages, workers)
-    run_end = tl.where(worker < workers, run_start(worker + 1, total_pages, workers), run)
-    sequence, before = find_sequence(run, length_ptr, length_stride, batch, capacity, KV_HEADS)
-    used = pages_of(length_ptr, length_stride, sequence, batch, capacity)
+    workers = workers_for(total_pages, each, batch * KV_HEADS, tl.num_programs(0), SHORT)
+    run = total_pages
+    run_end = total_pages
+    if worker < workers:
+        run = run_start(worker, total_pages, workers)
+        run_end = run_start(worker + 1, total_pages, workers)
+    used = each
+    if each > 0:
+        sequence = run // (each * KV_HEADS)
+        before = sequence * (each * KV_HEADS)
+    else:
+        sequence, before = find_sequence(run, length_ptr, length_stride, batch, capacity, KV_HEADS)
+        used = pages_of(length_ptr, length_stride, sequence, batch, capacity)
+    if DEPENDENT:
+        # all so far while the kernel before, which appends, was at work: it leaves `length` alone
+        gdc_wait()
+        gdc_launch_dependents()
+    ticket = arrive(counter_ptr, worker)
     place = run
     while place < run_end:
         h = (place - before) // used
@@ -110,20 +127,11 @@ def step_attend(
         end = tl.minimum(used, first + (run_end - place))
         is_last = end == used
         b = sequence.to(tl.int64)
-        length = tl.load(length_ptr + b * length_stride)
-        fits = (length >= 0) & (length < capacity)
-        cached = tl.where(fits, length + 1, 0).to(tl.int32)
+        length = tl.load(cached_ptr + b)
+        fits = length >= 0
+        cached = length + 1
         stop = tl.where(fits, end, first)
         table = table_ptr + b * table_stride
-        if DEPENDENT:
-            # pages come from memory while the kernel before, which appends, is at work
-            for ahead in tl.static_range(2):
-                at = tl.load(table + tl.minimum(first + ahead, end - 1)).to(tl.int64)
-                at = at * KV_HEADS + h
-                prefetch(k_pages_ptr + at * (2 * HALF * K_BYTES), K_LINES, PTX)
-                prefetch(v_pages_ptr + at * (V_DIM * V_BYTES), V_LINES, PTX)
-                prefetch((words_ptr + at * (4 * HALF)).to(tl.pointer_type(tl.uint8)), 4, PTX)
-            gdc_wait()
 
         row = tl.arange(0, BLOCK_R)
         head = h * GROUP + row
@@ -131,13 +139,15 @@ def step_attend(
         c = tl.arange(0, BLOCK_C)
         d = tl.arange(0, BLOCK_V)
         j = tl.arange(0, HALF)
+        token = tiny_order(j) if TINY_CODES else j
         in_q = (c < K_HALF)[:, None] & in_row[None, :]
         q_rows = q_ptr + (b * HEADS + head)[None, :] * K_DIM + c[:, None]
-        q0 = tl.load(q_rows, mask=in_q, other=0.0)  # [BLOCK_C, BLOCK_R]
-        q1 = tl.load(q_rows + K_HALF, mask=in_q, other=0.0)
-        q_sum = tl.sum(q0.to(tl.float32) + q1.to(tl.float32), 0)  # [BLOCK_R]
-        q0 = q0.to(OPERAND)
-        q1 = q1.to(OPERAND)
+        q0 = tl.load(q_rows, mask=in_q, other=0.0).to(OPERAND)  # [BLOCK_C, BLOCK_R]
+        q1 = tl.load(q_rows + K_HALF, mask=in_q, other=0.0).to(OPERAND)
+        q_sum = tl.load(q_sum_ptr + b * HEADS + head, mask=in_row, other=0.0)
+        q_unit = 1.0
+        if TINY_CODES:
+            q_unit = tl.load(q_unit_ptr + b * KV_HEADS + h)
         mask_row = mask_ptr + b * mask_stride
 
         peak = tl.full((BLOCK_R,), float("-inf"), tl.float32)
@@ -155,18 +165,19 @@ def step_attend(
 
         in_k_page = (c < K_HALF)[None, :]
         in_v_page = (d < V_DIM)[:, None]
-        k_tile = j[:, None] * K_BYTES + c[None, :]  # [HALF, BLOCK_C] bytes
+        k_tile = token[:, None] * K_BYTES + c[None, :]  # [HALF, BLOCK_C] bytes
         v_tile = d[:, None] * V_BYTES + j[None, :]  # [BLOCK_V, HALF] bytes
         log2_scale = scale * LOG2E
         log2_sum = (q_sum * log2_scale)[None, :]
+        code_scale = log2_scale * q_unit
         for i in range(first, stop):
             page_head = tl.load(table + i).to(tl.int64) * KV_HEADS + h
-            t0 = i * (2 * HALF) + j
+            t0 = i * (2 * HALF) + token
             t1 = t0 + HALF
             # words past the end are stale; read as zeros they cannot spread a NaN
             seen0 = t0 < cached
             seen1 = t1 < cached
-            page_words = words_ptr + page_head * (4 * HALF) + j
+            page_words = words_ptr + page_head * (4 * HALF) + token
             k_word0 = tl.load(page_words, mask=seen0, other=0)
             k_word1 = tl.load(page_words + HALF, mask=seen1, other=0)
             v_word0 = tl.load(page_words + 2 * HALF, mask=seen0, other=0)
@@ -183,20 +194,26 @@ def step_attend(
             v_scale0, v_middle0 = split_word(v_word0, CENTRE)
             v_scale1, v_middle1 = split_word(v_word1, CENTRE)
             k_page = k_pages_ptr + page_head * (2 * HALF * K_BYTES)
-            k00, k01 = load_raw(k_page, k_tile, K_HALF, in_k_page, BITS, OPERAND, PTX, K_RAW)
-            k_page += HALF * K_BYTES
-            k10, k11 = load_raw(k_page, k_tile, K_HALF, in_k_page, BITS, OPERAND, PTX, K_RAW)
+            k_half = k_page + HALF * K_BYTES
+            if TINY_CODES:
+                k00, k01 = load_tiny(k_page, k_tile, in_k_page, False)
+                k10, k11 = load_tiny(k_half, k_tile, in_k_page, False)
+            else:
+                k00, k01 = load_codes(k_page, k_tile, K_HALF, in_k_page, BITS, OPERAND, PTX)
+                k10, k11 = load_codes(k_half, k_tile, K_HALF, in_k_page, BITS, OPERAND, PTX)
             zeros = tl.zeros((HALF, BLOCK_R), tl.float32)
             s0 = mma(k01, q1, mma(k00, q0, zeros))
             s1 = mma(k11, q1, mma(k10, q0, zeros))
             if HAS_SOFTCAP:
-                s0 = (s0 * k_scale0[:, None] + q_sum[None, :] * k_middle0[:, None]) * scale
-                s1 = (s1 * k_scale1[:, None] + q_sum[None, :] * k_middle1[:, None]) * scale
+                s0 = s0 * (k_scale0 * q_unit)[:, None] + q_sum[None, :] * k_middle0[:, None]
+                s1 = s1 * (k_scale1 * q_unit)[:, None] + q_sum[None, :] * k_middle1[:, None]
+                s0 *= scale
+                s1 *= scale
                 s0 = capped(s0, softcap, HAS_SOFTCAP) * LOG2E
                 s1 = capped(s1, softcap, HAS_SOFTCAP) * LOG2E
             else:
-                s0 = tl.fma(s0, (k_scale0 * log2_scale)[:, None], log2_sum * k_middle0[:, None])
-                s1 = tl.fma(s1, (k_scale1 * log2_scale)[:, None], log2_sum * k_middle1[:, None])
+                s0 = tl.fma(s0, (k_scale0 * code_scale)[:, None], log2_sum * k_middle0[:, None])
+                s1 = tl.fma(s1, (k_scale1 * code_scale)[:, None], log2_sum * k_middle1[:, None])
             s0 = tl.where(seen0[:, None], s0, float("-inf"))
             s1 = tl.where(seen1[:, None], s1, float("-inf"))
 
@@ -220,13 +237,20 @@ def step_attend(
             offsets += tl.fma(p0, v_middle0[:, None], p1 * v_middle1[:, None])
             gain = power_of_two(-(level - SHIFT))
             w0 = (p0 * (v_scale0 * gain)[:, None]).to(WEIGHT)
+            if TINY_CODES:
+                gain /= TINY_STEP
             w1 = (p1 * (v_scale1 * gain)[:, None]).to(WEIGHT)
             v_page = v_pages_ptr + page_head * (V_DIM * V_BYTES)
-            v0, v1 = load_codes(v_page, v_tile, HALF, in_v_page, BITS, WEIGHT, PTX)
+            if TINY_CODES:
+                v0, v1 = load_tiny(v_page, v_tile, in_v_page, True)
+            else:
+                v0, v1 = load_codes(v_page, v_tile, HALF, in_v_page, BITS, WEIGHT, PTX)
             acc = mma(v1, w1, mma(v0, w0, acc))
 
         total = tl.sum(totals, 0)
         offset = tl.sum(offsets, 0)
+        if TINY_CODES:
+            level += TINY
         sums = tl.fma(acc, power_of_two(level - SHIFT), offset[None, :])
         in_out = in_row[None, :] & in_v_page
         row_out = row[None, :] * V_DIM + d[:, None]
@@ -259,8 +283,6 @@ def step_attend(
         if place == before + used * KV_HEADS:
             before = place
             sequence += 1
-            used = pages_of(length_ptr, length_stride, sequence, batch, capacity)
-    if DEPENDENT:
-        gdc_launch_dependents()
-    if meet:
-        count_tokens(counter_ptr, length_ptr, length_stride, batch, worker, tl.num_programs(0))
+            used = pages_of(cached_ptr, 1, sequence, batch, capacity)
+    if comes_last(counter_ptr, ticket, worker, tl.num_programs(0)) != 0:
+        count_tokens(length_ptr, length_stride, batch)

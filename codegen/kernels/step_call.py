@@ -14,8 +14,9 @@ from qoqc.quant.pack import ceil_div
 from qoqc.runtime.device import device_key
 from qoqc.runtime.workspace import zeroed_counters
 
-SLOTS_PER_SM = 12
-"""Blocks of one warp with REGISTERS (step_families.py) that an SM of sm_80 or sm_90 holds."""
+SLOTS_PER_SM = 8
+"""Warps of step_attend that an SM of sm_80 or sm_90 holds: two on each of its four parts, as up to
+255 registers a thread allow. Twelve with 168 registers run code of a third more latency."""
 
 MEETING = 96
 """(sequence, KV head) pairs from which the last block of each adds up its parts itself."""
@@ -35,34 +36,42 @@ def launch(
     if out.numel() == 0:
         step.length.add_(1)
         return out
-    q = start_append(append, step)
+    prepared = start_append(append, step)
     kv_heads, pages = step.k_pages.shape[1], step.block_table.shape[1]
     part, stat = parts_for(step, grid_for(batch, kv_heads, pages, slots))
-    counters = zeroed_counters(q.device, counters_for(batch, kv_heads))
-    start_attend(attend, step, q, out, part, stat, counters, meet=combine is None)
+    counters = zeroed_counters(out.device, counters_for(batch, kv_heads))
+    start_attend(attend, step, prepared, out, part, stat, counters, meet=combine is None)
     if combine is not None:
-        start_combine(combine, part, stat, out, step.length, counters, pages)
+        start_combine(combine, part, stat, out, prepared[-1], pages)
     return out
 
 
-def start_append(kernel: Launch, step: Step) -> torch.Tensor:
-    """Launch `step_append`; the turned queries [B, Hq, Dk]."""
+def start_append(kernel: Launch, step: Step) -> tuple[torch.Tensor, ...]:
+    """Launch `step_append`; what `step_attend` takes of it.
+
+    The turned queries [B, Hq, Dk], their sums fp32 [B, Hq], units fp32 [B, Hkv] and the lengths
+    int32 [B] before the step.
+    """
     q, k, v = (unit_stride(x) for x in (step.q, step.k, step.v))
     batch, heads, _, k_dim = q.shape
     angles: list[Any] = []
     for x in (step.cos, step.sin):
         x = q if x is None else unit_stride(x)
         angles += [x, 0 if x.shape[0] == 1 else x.stride(0)]
-    turned = q.new_empty(batch, heads, k_dim)
+    is_tiny = takes_tiny(step.bits, k_dim, q.dtype, kernel.tile)
+    turned = q.new_empty(batch, heads, k_dim, dtype=torch.float16 if is_tiny else q.dtype)
+    sums = q.new_empty(batch, heads, dtype=torch.float32)
+    units = q.new_empty(batch, k.shape[1], dtype=torch.float32)
+    cached = q.new_empty(batch, dtype=torch.int32)
     kernel(
-        (batch * k.shape[1],), q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2],
+        (batch * k.shape[1], 3), q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2],
         q if step.q_weight is None else step.q_weight,
         q if step.k_weight is None else step.k_weight,
         *angles, step.k_pages, step.v_pages, step.kv_words,
         step.block_table, step.block_table.stride(0), step.length, step.length.stride(0),
-        turned, step.eps, step.block_table.shape[1],
+        turned, sums, units, cached, step.eps, step.block_table.shape[1],
     )  # fmt: skip
-    return turned
+    return turned, sums, units, cached
 
 
 def parts_for(step: Step, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +87,7 @@ def parts_for(step: Step, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
 def start_attend(
     kernel: Launch,
     step: Step,
-    q: torch.Tensor,
+    prepared: tuple[torch.Tensor, ...],
     out: torch.Tensor,
     part: torch.Tensor,
     stat: torch.Tensor,
@@ -86,15 +95,16 @@ def start_attend(
     *,
     meet: bool,
 ) -> None:
-    """Launch `step_attend` for turned queries q [B, Hq, Dk]."""
+    """Launch `step_attend` for what `start_append` gives."""
+    q, sums, units, cached = prepared
     mask: tuple[Any, ...] = (q, 0, 0)
     if step.mask is not None:
         bools = unit_stride(step.mask)
         stride = 0 if bools.shape[0] == 1 else bools.stride(0)
         mask = (bools.view(torch.uint8), stride, bools.shape[3])
     kernel(
-        (part.shape[0],), q, step.k_pages, step.v_pages, step.kv_words,
-        step.block_table, step.block_table.stride(0), step.length, step.length.stride(0),
+        (part.shape[0],), q, sums, units, step.k_pages, step.v_pages, step.kv_words,
+        step.block_table, step.block_table.stride(0), step.length, step.length.stride(0), cached,
         *mask, q if step.sinks is None else step.sinks, out, part, stat, counters,
         step.scale, step.softcap, step.batch, step.block_table.shape[1], int(meet),
     )  # fmt: skip
@@ -105,22 +115,24 @@ def start_combine(
     part: torch.Tensor,
     stat: torch.Tensor,
     out: torch.Tensor,
-    length: torch.Tensor,
-    counters: torch.Tensor,
+    cached: torch.Tensor,
     pages: int,
 ) -> None:
     """Launch `step_combine` on what `step_attend` left."""
     batch, heads, _, v_dim = out.shape
     grid = (batch * heads, ceil_div(v_dim, kernel.tile["COLUMNS"]))
     workers = part.shape[0]
-    kernel(
-        grid, part, stat, out, length, length.stride(0), counters, batch, pages, workers
-    )  # fmt: skip
+    kernel(grid, part, stat, out, cached, batch, pages, workers)
 
 
 def meets(spec: StepSpec, batch: int) -> bool:
     """Whether the last block of a sequence and head adds up its parts: where they are few."""
     return batch * spec.kv.kv_heads >= MEETING
+
+
+def takes_tiny(bits: int, k_dim: int, dtype: torch.dtype, tile: Tile) -> bool:
+    """Whether dot products take 4-bit codes as tiny ones (pieces_kv.py): see bind_attend."""
+    return bool(tile["PTX"]) and bits == 4 and k_dim % 8 == 0 and dtype != torch.float32
 
 
 def slots_of(device: torch.device, tile: Tile) -> int:

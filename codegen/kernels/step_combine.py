@@ -1,4 +1,4 @@
-"""Add up the parts of a decode step (step_attend.py) in a launch of its own; count its tokens.
+"""Add up the parts of a decode step (step_attend.py) in a launch of its own.
 
 part fp32 [workers, 2, group, Dv], stat fp32 [workers, 2, group, 2] (peak in log2, total) -> out [B,
 Hq, Dv]; of the two, the first is where a worker's run begins, the second where it ends. For few
@@ -15,7 +15,6 @@ from triton.language.extra.cuda import gdc_wait
 from qoqc.codegen.kernels.pieces import round_to_bf16
 from qoqc.codegen.kernels.step_schedule import (
     all_pages,
-    count_tokens,
     owner_of,
     pages_of,
     run_start,
@@ -86,14 +85,12 @@ def combine_parts(
     tl.store(out + row[:, None] * V_DIM + d[None, :], result.to(KIND), mask=in_out)
 
 
-@triton.jit(do_not_specialize=["length_stride", "batch", "pages", "grid"])
+@triton.jit(do_not_specialize=["batch", "pages", "grid"])
 def step_combine(
     part_ptr,
     stat_ptr,
     out_ptr,
-    length_ptr,
-    length_stride,
-    counter_ptr,
+    cached_ptr,
     batch,
     pages,
     grid,
@@ -109,27 +106,27 @@ def step_combine(
 ):
     """Query head `program_id(0)` of all, channels from `program_id(1)` * COLUMNS on."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    if DEPENDENT:
-        gdc_wait()
     sequence = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     capacity = pages * 64
-    total_pages, each = all_pages(length_ptr, length_stride, batch, capacity, KV_HEADS)
-    workers = workers_for(total_pages, each, grid, SHORT)
-    used = pages_of(length_ptr, length_stride, sequence, batch, capacity)
-    begin = start_of(sequence, length_ptr, length_stride, batch, capacity, KV_HEADS)
+    # before the wait: what step_append wrote was there before step_attend let this kernel start
+    total_pages, each = all_pages(cached_ptr, 1, batch, capacity, KV_HEADS)
+    workers = workers_for(total_pages, each, batch * KV_HEADS, grid, SHORT)
+    cached = tl.load(cached_ptr + sequence)
+    used = pages_of(cached_ptr, 1, sequence, batch, capacity)
+    begin = sequence * (each * KV_HEADS)
+    if each == 0:
+        begin = start_of(sequence, cached_ptr, 1, batch, capacity, KV_HEADS)
     begin += head // GROUP * used
     first_worker = owner_of(begin, total_pages, workers)
     parts = owner_of(begin + used - 1, total_pages, workers) - first_worker + 1
+    inside_run = run_start(first_worker, total_pages, workers) != begin
+    if DEPENDENT:
+        gdc_wait()
     if parts > 1:  # else the worker has written the output
-        inside_run = run_start(first_worker, total_pages, workers) != begin
         out = out_ptr + (sequence.to(tl.int64) * HEADS + head // GROUP * GROUP) * V_DIM
-        length = tl.load(length_ptr + sequence.to(tl.int64) * length_stride)
         combine_parts(
             part_ptr, stat_ptr, out, first_worker, inside_run, parts, head % GROUP,
-            tl.program_id(1) * COLUMNS, (length >= 0) & (length < capacity),
+            tl.program_id(1) * COLUMNS, cached >= 0,
             GROUP, V_DIM, KIND, ROUND_BF16, 1, COLUMNS, AT_ONCE,
         )  # fmt: skip
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    count_tokens(counter_ptr, length_ptr, length_stride, batch, program, programs)

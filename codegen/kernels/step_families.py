@@ -11,6 +11,7 @@ import triton.language as tl
 
 from qoqc.codegen.family import Family, Launch, Tile, Trial
 from qoqc.codegen.kernels.attention import has_ptx, lanes
+from qoqc.codegen.kernels.pieces_kv import TINY, TINY_STEP
 from qoqc.codegen.kernels.pieces_rotary import FORMS
 from qoqc.codegen.kernels.step_append import step_append
 from qoqc.codegen.kernels.step_attend import step_attend
@@ -21,6 +22,7 @@ from qoqc.codegen.kernels.step_call import (
     start_append,
     start_attend,
     start_combine,
+    takes_tiny,
 )
 from qoqc.codegen.kernels.step_combine import step_combine
 from qoqc.codegen.kernels.step_schedule import SHORTEST, counters_for, grid_for
@@ -29,18 +31,16 @@ from qoqc.codegen.kernels.step_selfcheck import (
     ATTEND_SELFCHECK,
     COMBINE_SELFCHECK,
 )
-from qoqc.codegen.kernels.step_spec import StepSpec, random_step
+from qoqc.codegen.kernels.step_spec import Step, StepSpec, random_step
 from qoqc.ir.spec import PAGE
 from qoqc.runtime.device import DeviceKey, device_key
 from qoqc.runtime.workspace import zeroed_counters
 
-REGISTERS = 168
-"""Of a thread, where a block is one warp: then an SM holds 12. ptxas keeps some values of the
-start in local memory for it, none of the loop over pages (SASS of sm_90)."""
-
 STAGES = 3
-"""One page ahead is enough with 12 blocks on an SM, and two would leave room for 10: 94 us instead
-of 117 (64 sequences of 4,096 tokens, H200)."""
+"""One page ahead. Two do not pay: 8 warps of an SM keep memory busy (H200)."""
+
+PARTS_AT_ONCE = 2048
+"""Floats of parts that a warp of step_attend adds up at a time, of its registers' 8192."""
 
 
 def bind_append(spec: StepSpec, tile: Tile) -> dict[str, Any]:
@@ -54,6 +54,7 @@ def bind_append(spec: StepSpec, tile: Tile) -> dict[str, Any]:
         "NORMED": spec.normed,
         "OFFSET": spec.offset,
         "ROUND_FIRST": spec.round_first,
+        "TINY_CODES": takes_tiny(spec.kv.bits, spec.kv.k_dim, spec.dtype, tile),
         "BLOCK_C": lanes(spec.kv.k_dim // 2),
         "BLOCK_V": lanes(spec.kv.v_dim),
         "GROUP_R": triton.next_power_of_2(spec.heads // spec.kv.kv_heads),
@@ -65,6 +66,7 @@ def bind_attend(spec: StepSpec, tile: Tile) -> dict[str, Any]:
     common = _common_constexprs(spec, tile)
     # the interpreter, which is where tiles have no PTX, multiplies bfloat16 by its bit pattern
     exact = spec.dtype is torch.float32 or common["ROUND_BF16"]
+    is_tiny = takes_tiny(spec.kv.bits, spec.kv.k_dim, spec.dtype, tile)
     block_v, group_r = lanes(spec.kv.v_dim), triton.next_power_of_2(spec.heads // spec.kv.kv_heads)
     return {
         **common,
@@ -73,21 +75,17 @@ def bind_attend(spec: StepSpec, tile: Tile) -> dict[str, Any]:
         "HAS_MASK": spec.has_mask,
         "HAS_SINKS": spec.has_sinks,
         "HAS_SOFTCAP": spec.has_softcap,
-        "OPERAND": tl.float32 if exact else common["KIND"],
+        "OPERAND": tl.float32 if exact else tl.float16 if is_tiny else common["KIND"],
         # weights are scaled to 2**14 at most, so fp16's 11 bits serve bf16 models too
         "WEIGHT": tl.float32 if exact else tl.float16,
         "PTX": tile["PTX"],
-        # fp16's 1024 would leave too little of the tensor cores' sums to scores
-        "K_RAW": bool(tile["PTX"]) and spec.kv.bits == 4 and spec.dtype is torch.bfloat16,
-        # whole lines of a page, as many as a power of two allows
-        "K_LINES": _power_below(PAGE * spec.kv.k_dim * spec.kv.bits // 8 // 128),
-        "V_LINES": _power_below(PAGE * spec.kv.v_dim * spec.kv.bits // 8 // 128),
+        "TINY_CODES": is_tiny,
         "SHORT": tile["SHORT"],
         "BLOCK_C": lanes(spec.kv.k_dim // 2),
         "BLOCK_V": block_v,
         "BLOCK_R": max(8, group_r),
         "GROUP_R": group_r,
-        "AT_ONCE": max(1, min(4, 2048 * tile.num_warps // (group_r * block_v))),
+        "AT_ONCE": max(1, min(4, PARTS_AT_ONCE * tile.num_warps // (group_r * block_v))),
     }
 
 
@@ -109,10 +107,6 @@ def _common_constexprs(spec: StepSpec, tile: Tile) -> dict[str, Any]:
     }
 
 
-def _power_below(count: int) -> int:
-    return 1 << max(0, count.bit_length() - 1)
-
-
 def _flags(device: DeviceKey) -> tuple[tuple[str, int], ...]:
     ptx = has_ptx(device)
     return (("PTX", ptx), ("DEPENDENT", int(ptx and device.arch >= 90)))
@@ -121,11 +115,6 @@ def _flags(device: DeviceKey) -> tuple[tuple[str, int], ...]:
 def _common(device: DeviceKey) -> tuple[tuple[str, int], ...]:
     """step_attend and step_combine must agree on SHORT, the least pages of a worker."""
     return (*_flags(device), ("SHORT", SHORTEST))
-
-
-def _tile(device: DeviceKey, num_warps: int, num_stages: int) -> Tile:
-    registers = REGISTERS if num_warps == 1 else 0
-    return Tile((*_common(device), ("MAX_REGISTERS", registers)), num_warps, num_stages)
 
 
 def heuristic_append(spec: StepSpec, size: int, device: DeviceKey) -> Tile:
@@ -140,7 +129,7 @@ def candidates_append(spec: StepSpec, size: int, device: DeviceKey) -> Sequence[
 
 def heuristic(spec: StepSpec, size: int, device: DeviceKey) -> Tile:
     """One warp for eight rows of 128 channels; `size` = sequences."""
-    return _tile(device, _warps(spec, device), STAGES)
+    return Tile(_common(device), _warps(spec, device), STAGES)
 
 
 def candidates(spec: StepSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
@@ -148,19 +137,19 @@ def candidates(spec: StepSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
     tiles = {heuristic(spec, size, device): None}
     for num_warps in (1, 2, 4):
         for num_stages in (3, 5, 7):
-            tiles[_tile(device, num_warps, num_stages)] = None
+            tiles[Tile(_common(device), num_warps, num_stages)] = None
     return tuple(tiles)
 
 
 def heuristic_combine(spec: StepSpec, size: int, device: DeviceKey) -> Tile:
-    """32 channels of a head per block: a small batch offers few."""
-    return Tile((*_common(device), ("COLUMNS", 32), ("AT_ONCE", 32)), 4, 1)
+    """32 channels of a head per block: a small batch offers few. One wait for up to 128 parts."""
+    return Tile((*_common(device), ("COLUMNS", 32), ("AT_ONCE", 128)), 4, 1)
 
 
 def candidates_combine(spec: StepSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
     """Other widths, and numbers of parts at a time."""
     tiles = {heuristic_combine(spec, size, device): None}
-    for columns, at_once, warps in ((32, 16, 2), (64, 16, 4), (32, 64, 8)):
+    for columns, at_once, warps in ((32, 32, 4), (16, 128, 4), (32, 256, 8)):
         shape = (("COLUMNS", columns), ("AT_ONCE", at_once))
         tiles[Tile((*_common(device), *shape), warps, 1)] = None
     return tuple(tiles)
@@ -189,25 +178,38 @@ def trial_append(spec: StepSpec, size: int, device: torch.device) -> Trial:
     step = random_step(spec, size, 1000, device)
 
     def run(kernel: Launch) -> tuple[torch.Tensor, ...]:
-        turned = start_append(kernel, step)
-        return turned, step.k_pages.clone(), step.v_pages.clone(), step.kv_words.clone()
+        turned, _, _, cached = start_append(kernel, step)
+        # sums depend on the number of warps; units are in the queries too
+        return turned, cached, step.k_pages.clone(), step.v_pages.clone(), step.kv_words.clone()
 
     return run
+
+
+def _prepared(step: Step, is_tiny: bool) -> tuple[torch.Tensor, ...]:
+    """What `start_append` gives, but for rotation and the order of channels."""
+    q = step.q[:, :, 0].float()
+    half = q.shape[2] // 2
+    units = torch.ones(step.batch, step.k_pages.shape[1], device=q.device)
+    turned = q.to(step.q.dtype)
+    if is_tiny:
+        units *= 2.0 ** int(TINY)
+        turned = torch.cat((q[..., :half], q[..., half:] / int(TINY_STEP)), -1).half()
+    return turned.contiguous(), q.sum(-1), units, step.length.int()
 
 
 def trial(spec: StepSpec, size: int, device: torch.device) -> Trial:
     """Attend in `size` sequences after 1,000 tokens."""
     step = random_step(spec, size, 1000, device)
     kv, pages = spec.kv, step.block_table.shape[1]
-    q = step.q[:, :, 0].contiguous()
-    out = q.new_empty(size, spec.heads, 1, kv.v_dim)
+    out = step.q.new_empty(size, spec.heads, 1, kv.v_dim)
     counters = zeroed_counters(device, counters_for(size, kv.kv_heads))
 
     def run(kernel: Launch) -> tuple[torch.Tensor, ...]:
         step.length.fill_(1000)
         out.fill_(float("nan"))
         workers = grid_for(size, kv.kv_heads, pages, slots_of(device, kernel.tile))
-        start_attend(kernel, step, q, out, *parts_for(step, workers), counters, meet=True)
+        prepared = _prepared(step, takes_tiny(kv.bits, kv.k_dim, spec.dtype, kernel.tile))
+        start_attend(kernel, step, prepared, out, *parts_for(step, workers), counters, meet=True)
         return out.clone(), step.length.clone()
 
     return run
@@ -221,14 +223,12 @@ def trial_combine(spec: StepSpec, size: int, device: torch.device) -> Trial:
     part = torch.randn(*shape, kv.v_dim, generator=generator, device=device)
     stat = torch.rand(*shape, 2, generator=generator, device=device) + 0.5
     out = torch.empty(size, spec.heads, 1, kv.v_dim, dtype=spec.dtype, device=device)
-    length = torch.full((size,), 4000, device=device)
-    counters = zeroed_counters(device, counters_for(size, kv.kv_heads))
+    cached = torch.full((size,), 4000, dtype=torch.int32, device=device)
 
     def run(kernel: Launch) -> tuple[torch.Tensor, ...]:
-        length.fill_(4000)
         out.fill_(float("nan"))
-        start_combine(kernel, part, stat, out, length, counters, pages)
-        return out.clone(), length.clone()
+        start_combine(kernel, part, stat, out, cached, pages)
+        return (out.clone(),)
 
     return run
 

@@ -33,7 +33,8 @@ SHORTEST = 2
 def pages_of(length_ptr, length_stride, b, batch, capacity):
     """Pages of the sequences `b`, which have one token more than their length says.
 
-    A length that leaves no room for it counts as 0: nothing of it is read.
+    A length that leaves no room for it counts as 0: nothing of it is read. As the kernels after
+    step_append must not read lengths that another block may be counting in, they take its copy.
     """
     length = tl.load(length_ptr + b.to(tl.int64) * length_stride, mask=b < batch, other=0)
     length = tl.where((length < 0) | (length >= capacity), 0, length).to(tl.int32)
@@ -56,32 +57,46 @@ def all_pages(length_ptr, length_stride, batch, capacity, KV_HEADS: tl.constexpr
 
 
 @triton.jit
-def workers_for(total, each, grid, SHORT: tl.constexpr):
+def workers_for(total, each, heads, grid, SHORT: tl.constexpr):
     """How many of the `grid` blocks have work.
 
-    each  pages of every (sequence, head) if equal: then a few workers less may be better, whose
-          runs begin where a (sequence, head) does, since going over to another costs PAUSE pages
+    each   pages of every (sequence, head) if equal: then a few workers less may be better, whose
+           runs begin where a (sequence, head) does, since going over to another costs PAUSE pages
+    heads  (sequence, head) pairs
     """
-    most = tl.minimum(grid, (total + SHORT - 1) // SHORT)
-    heads = total // tl.maximum(each, 1)
-    whole = tl.where(heads <= most, heads * tl.minimum(most // heads, each), most)
-    together = (heads + most - 1) // most  # (sequence, head) of a worker, where these are many
-    whole = tl.where(heads <= most, whole, (heads + together - 1) // together)
-    longest = (total + whole - 1) // whole
-    is_better = longest <= (total + most - 1) // most + PAUSE
-    return tl.where((each > 0) & is_better, whole, most)
+    workers = tl.minimum(grid, (total + SHORT - 1) // SHORT)
+    if each > 0:
+        if heads <= workers:
+            whole = heads * tl.minimum(workers // heads, each)
+        else:
+            together = (heads + workers - 1) // workers  # (sequence, head) of a worker
+            whole = (heads + together - 1) // together
+        if (total + whole - 1) // whole <= (total + workers - 1) // workers + PAUSE:
+            workers = whole
+    return workers
 
 
 @triton.jit
 def run_start(worker, total, workers):
-    """Where a worker's run begins; it ends where the next one's begins."""
-    return (worker.to(tl.int64) * total // workers).to(tl.int32)
+    """worker * total // workers: where a worker's run begins; it ends where the next one's begins.
+
+    In 32 bits, since 64-bit divisions are long calls.
+    """
+    pages = total // workers
+    return worker * pages + worker * (total - pages * workers) // workers
 
 
 @triton.jit
 def owner_of(place, total, workers):
     """The worker whose run holds a place of the row."""
-    return (((place + 1).to(tl.int64) * workers - 1) // total).to(tl.int32)
+    share = workers.to(tl.float32) / total.to(tl.float32)
+    owner = (place.to(tl.float32) * share).to(tl.int32)
+    # rounding moves it by one at most
+    if run_start(owner, total, workers) > place:
+        owner -= 1
+    elif run_start(owner + 1, total, workers) <= place:
+        owner += 1
+    return owner
 
 
 @triton.jit
@@ -113,28 +128,48 @@ def start_of(sequence, length_ptr, length_stride, batch, capacity, KV_HEADS: tl.
 
 
 @triton.jit
-def count_tokens(counter_ptr, length_ptr, length_stride, batch, program, programs):
-    """Add 1 to all lengths, in the program that comes here last: by then all have read them.
+def arrive(counter_ptr, program):
+    """Count this program in: what it has read of the lengths it needs no more. For `comes_last`.
+
+    A tensor, whose value is waited for where it is used: not here, where memory is busy.
+    """
+    lane = tl.arange(0, 32)
+    counters = counter_ptr + 1 + program % LEAVES + tl.zeros((32,), tl.int32)
+    # what the threads of this program have read must be read before one of them says so
+    tl.debug_barrier()
+    return tl.atomic_add(counters, 1, mask=lane == 0, sem="release", scope="gpu")
+
+
+@triton.jit
+def comes_last(counter_ptr, arrived, program, programs):
+    """1 in the program of all that was the last to `arrive`, else 0.
 
     counter_ptr  int32 [1 + LEAVES] zeros, left as zeros
     """
     leaf = program % LEAVES
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counter_ptr + 1 + leaf, 1, sem="acq_rel", scope="gpu")
-    if arrived == (programs - leaf + LEAVES - 1) // LEAVES - 1:
+    last = tl.full((), 0, tl.int32)
+    before = tl.sum(tl.where(tl.arange(0, 32) == 0, arrived, 0), 0)
+    if before == (programs - leaf + LEAVES - 1) // LEAVES - 1:
         tl.store(counter_ptr + 1 + leaf, 0)
         leaves = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
         if leaves == tl.minimum(programs, LEAVES) - 1:
             tl.store(counter_ptr, 0)
-            for first in range(0, batch, SCAN):
-                b = first + tl.arange(0, SCAN)
-                place = length_ptr + b.to(tl.int64) * length_stride
-                length = tl.load(place, mask=b < batch, other=0)
-                tl.store(place, length + 1, mask=b < batch)
+            last += 1
+    return last
+
+
+@triton.jit
+def count_tokens(length_ptr, length_stride, batch):
+    """Add 1 to all lengths, in the one program that does."""
+    for first in range(0, batch, SCAN):
+        b = first + tl.arange(0, SCAN)
+        place = length_ptr + b.to(tl.int64) * length_stride
+        length = tl.load(place, mask=b < batch, other=0)
+        tl.store(place, length + 1, mask=b < batch)
 
 
 def counters_for(batch: int, kv_heads: int) -> int:
-    """How many counters a step needs: those of count_tokens, then one per (sequence, head)."""
+    """How many counters a step needs: those of comes_last, then one per (sequence, head)."""
     return 1 + int(LEAVES) + batch * kv_heads
 
 

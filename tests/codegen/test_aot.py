@@ -45,8 +45,8 @@ def test_every_family_is_compiled_for_every_architecture(facts: list[Facts]) -> 
 
 
 COLD_STACK = {"step_attend"}
-"""Families whose registers are limited to let more blocks in: at the price of values kept in local
-memory before their loops, never within."""
+"""Families that may keep values in local memory before their loops, never within: for heads of 256
+channels there are not enough registers."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)

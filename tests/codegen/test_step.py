@@ -9,13 +9,15 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from qoqc.codegen import dispatch
 from qoqc.codegen.build import build
 from qoqc.codegen.family import Family
 from qoqc.codegen.kernels import step_call
 from qoqc.codegen.kernels.step_families import STEP_APPEND, STEP_ATTEND, STEP_COMBINE
-from qoqc.codegen.kernels.step_schedule import grid_for
+from qoqc.codegen.kernels.step_schedule import grid_for, owner_of, run_start
 from qoqc.codegen.kernels.step_spec import Step, StepSpec, random_step, spec_of
 from qoqc.ir import kv_reference
 from qoqc.ir.spec import PAGE, KVSpec
@@ -188,6 +190,31 @@ def test_generated_files_check_themselves(family: Family, device: torch.device) 
     run = subprocess.run([sys.executable, str(kernel.path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "batch=" in run.stdout
+
+
+def whose(
+    place_ptr: Any, start_ptr: Any, owner_ptr: Any, total: Any, workers: Any, count: Any
+) -> None:
+    """For places of a row: the worker that has each, and where that worker's run begins."""
+    for i in range(count):
+        owner = owner_of(tl.load(place_ptr + i), total, workers)
+        tl.store(owner_ptr + i, owner)
+        tl.store(start_ptr + i, run_start(owner, total, workers))
+
+
+@pytest.mark.parametrize(
+    ("total", "workers"), [(1, 1), (160, 80), (20_001, 1584), (1_000_003, 2112), (2**24 + 5, 1056)]
+)
+def test_owners_of_pages_in_32_bits(total: int, workers: int, device: torch.device) -> None:
+    bounds = [worker * total // workers for worker in (0, 1, workers // 2, workers - 1, workers)]
+    places = sorted({place for b in bounds for place in (b - 1, b, b + 1) if 0 <= place < total})
+    taken = torch.tensor(places, dtype=torch.int32, device=device)
+    starts, owners = torch.empty_like(taken), torch.empty_like(taken)
+    kernel: Any = triton.jit(do_not_specialize=["total", "workers", "count"])(whose)
+    kernel[(1,)](taken, starts, owners, total, workers, len(places))
+    expected = [((place + 1) * workers - 1) // total for place in places]
+    assert owners.tolist() == expected
+    assert starts.tolist() == [owner * total // workers for owner in expected]
 
 
 def test_grid_follows_capacity_and_the_device() -> None:
