@@ -86,13 +86,13 @@ def _bind(gm: GraphModule, ctx: Context, name: str) -> Executable:
     bound = [node for node in placeholders if node in ctx.bound]
     assert placeholders == kept + bound, "added inputs stand last"
     run: Callable[..., Any]
-    if ctx.options.glue == "eager":
-        run = gm.forward
-    else:
-        examples = [ctx.values[n] for n in kept] + [fake_input(ctx.bound[n]) for n in bound]
-        required = ctx.options.require_cached
-        cache_key = digest(key_parts(_device([ctx.values[n] for n in kept])))
-        with torch.no_grad(), graph_from_cache(name, required=required):
+    # with eager glue too: kernels are compiled at their first launch
+    with torch.no_grad(), graph_from_cache(name, required=ctx.options.require_cached):
+        if ctx.options.glue == "eager":
+            run = gm.forward
+        else:
+            examples = [ctx.values[n] for n in kept] + [fake_input(ctx.bound[n]) for n in bound]
+            cache_key = digest(key_parts(_device([ctx.values[n] for n in kept])))
             run = compile_with_inductor(gm, examples, ctx.options.mode, cache_key)
     tensors = [ctx.bound[n] for n in bound]
     slots = [

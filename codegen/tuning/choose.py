@@ -16,6 +16,9 @@ Mode = Literal["heuristic", "search"]
 
 MAX_BUCKET = 8192
 
+BUCKETS = tuple(1 << power for power in range(MAX_BUCKET.bit_length()))
+"""What `bucket` gives."""
+
 BUDGET_S = 120.0
 """Seconds one search may take: candidates come most promising first, most are compiled anew."""
 
@@ -41,7 +44,7 @@ def choose(
 ) -> tuple[Family, Tile]:
     """The form and tile for launches of about `size` tokens: always an answer, never an error.
 
-    The user's table, the shipped one; where neither knows and mode is "search" a search, whose
+    The tables, see table.look_up; where none knows and mode is "search" a search, whose
     winner the user's table keeps (not while a CUDA graph is being captured); else the heuristic.
     """
     size, key = bucket(size), device_key(device)

@@ -1,8 +1,9 @@
-"""The tuning tables: the user's, which searches write, and those shipped with the package.
+"""The tuning tables: the user's, which searches write, those of artifacts, and those shipped.
 
-The user's is `<cache_dir>/tuning.json`; shipped ones are codegen/tables/*.json. Both are lists a
-person can read and edit. An entry counts only while its form runs on the device and its tile is
-among the form's candidates, so an edit cannot make a kernel illegal.
+The user's is `<cache_dir>/tuning.json`; an artifact's are in its folder qoqc/tuning; shipped ones
+are codegen/tables/*.json. All are lists a person can read and edit. An entry counts only on the
+device it names, while its form runs there and its tile is among the form's candidates, so an edit
+cannot make a kernel illegal.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,10 @@ if TYPE_CHECKING:  # in Python 3.10 it lives elsewhere
 log = get_logger("tune")
 
 VERSION = 2
+
+MAX_BYTES = 16 << 20
+"""Of a table, which may come from anywhere; an entry takes 300."""
+
 KEY = ("op", "spec", "device", "size")
 
 Table = dict[str, tuple[str, Tile]]
@@ -36,6 +42,10 @@ Table = dict[str, tuple[str, Tile]]
 
 _TABLES: dict[Path, Table] = {}
 _SHIPPED: dict[str, Table] = {}
+_ADOPTED: dict[Path, Table] = {}
+"""The tables of each artifact by its directory, the one adopted last at the end."""
+
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def entry_key(op: Op, spec: Any, size: int, device: DeviceKey) -> str:
@@ -50,15 +60,39 @@ def entry_key(op: Op, spec: Any, size: int, device: DeviceKey) -> str:
 
 
 def look_up(op: Op, spec: Any, size: int, device: DeviceKey) -> tuple[Family, Tile] | None:
-    """The winner the user's table knows, else the shipped one, if it is legal."""
+    """The winner that the user's table knows, else an artifact's, else the shipped: if legal."""
+    return own(op, spec, size, device) or _legal(shipped(), op, spec, size, device)
+
+
+def own(op: Op, spec: Any, size: int, device: DeviceKey) -> tuple[Family, Tile] | None:
+    """The same without the shipped table: what was searched for, here or for an artifact."""
+    for table in (_user_table(), *reversed(_ADOPTED.values())):
+        found = _legal(table, op, spec, size, device)
+        if found is not None:
+            return found
+    return None
+
+
+def adopt(artifact: Path, files: Iterable[Path]) -> None:
+    """Take winners from the tables of an artifact as well, before those of one adopted earlier.
+
+    A damaged one is ignored with a warning, a missing one without.
+    """
+    tables = [_read(path) for path in files]
+    _ADOPTED.pop(artifact, None)
+    _ADOPTED[artifact] = {key: found for table in tables for key, found in table.items()}
+
+
+def _legal(
+    table: Table, op: Op, spec: Any, size: int, device: DeviceKey
+) -> tuple[Family, Tile] | None:
     key = entry_key(op, spec, size, device)
-    for table in (_user_table(), shipped()):
-        if key in table:
-            name, tile = table[key]
-            for form in op.usable(spec, device):
-                if form.name == name and tile in form.candidates(spec, size, device):
-                    return form, tile
-            log.info("%s: an entry of a tuning table is not legal: %s %s", op.name, name, tile)
+    if key in table:
+        name, tile = table[key]
+        for form in op.usable(spec, device):
+            if form.name == name and tile in form.candidates(spec, size, device):
+                return form, tile
+        log.info("%s: an entry of a tuning table is not legal: %s %s", op.name, name, tile)
     return None
 
 
@@ -125,7 +159,11 @@ def _user_table() -> Table:
 def _read(path: Traversable, level: int = logging.WARNING) -> Table:
     """The table in a file; an empty one, with a line in the log, where it is damaged or foreign."""
     try:
-        raw = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
+        raw = json.loads(content)
         if raw["version"] != VERSION:
             raise ValueError(f"version {raw['version']}, expected {VERSION}")
         return {
@@ -137,7 +175,7 @@ def _read(path: Traversable, level: int = logging.WARNING) -> Table:
         }
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _DAMAGE as error:
         log.log(level, "%s is ignored, its tiles are not used: %r", path, error)
         return {}
 

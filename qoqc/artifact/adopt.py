@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qoqc.artifact.packed_file import PackedFile
+from qoqc.codegen.tuning import table
 from qoqc.runtime.dynamo import qualified_name
 from qoqc.runtime.weights import STORE, WeightRef
 
@@ -44,6 +45,7 @@ def adopt_weights(
         return 0
     with PackedFile(Path(directory), waiting[0][1].device) as file:
         file.require_group_size(group_size)
+        table.adopt(file.directory, file.manifest.tuning_tables(file.directory))
         count = 0
         for name, param in waiting:
             found = file.find(name, tuple(param.shape))

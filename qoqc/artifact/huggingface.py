@@ -40,6 +40,7 @@ from qoqc.artifact.manifest import (
 from qoqc.artifact.modules import open_modules, seal_modules
 from qoqc.artifact.shards import MAX_SHARD, shards_in
 from qoqc.artifact.write import complete
+from qoqc.codegen.tuning import table
 from qoqc.config import Options, verify_mode
 from qoqc.errors import ArtifactError, Unsupported
 from qoqc.runtime.packed_linear import PackedLinear
@@ -133,7 +134,11 @@ class QoqQuantizer(HfQuantizer):
 def attach(
     model: Any, manifest: Manifest, directory: Path, quantizer: QoqQuantizer | None = None
 ) -> None:
-    """Make a loaded model one that transformers takes for quantized, and that can be saved."""
+    """Make a loaded model one that transformers takes for quantized, and that can be saved.
+
+    The tiles that were found for it are those of its kernels from now on.
+    """
+    table.adopt(directory, manifest.tuning_tables(directory))
     if quantizer is None:
         quantizer = QoqQuantizer(QoqConfig(**quantization_config(manifest.options)))
         quantizer.manifest, quantizer.directory = manifest, directory

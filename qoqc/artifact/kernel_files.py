@@ -1,7 +1,7 @@
-"""Kernels in an artifact: sources to read, machine code per architecture, tuning entries used.
+"""Kernels in an artifact: sources to read, machine code per architecture, tuning entries.
 
 Nothing of it is executed by who loads the artifact: kernels are generated from the templates of
-the installed qoqc. They show what will run, and let a person compare.
+the installed qoqc, with the tiles that the entries name if the templates have them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import triton
 
+from qoqc.artifact import machine_code
 from qoqc.artifact.kernel_sources import Choice, Wanted, choices, devices
 from qoqc.artifact.manifest import KERNELS, TUNING
 from qoqc.codegen.aot import compile_for
 from qoqc.codegen.build import OPS
 from qoqc.codegen.roofline import TOKENS, gemm_bytes, gemm_operations, limits_of
 from qoqc.codegen.tuning import table
-from qoqc.codegen.tuning.choose import bucket
+from qoqc.codegen.tuning.choose import BUCKETS
 from qoqc.errors import Unsupported
 from qoqc.ir.spec import LinearSpec, to_json
 from qoqc.runtime.device import DeviceKey
@@ -47,17 +48,15 @@ def write_kernels(
         if choice.device.arch in archs:
             path = folder / _cubin(choice)
             if not path.exists():
-                path.write_bytes(_machine_code(choice))
+                machine_code.write(_compiled(choice), path)
     _write_tuning(found, draft / TUNING)
     return [_entry(choice, archs) for choice in found]
 
 
-def _machine_code(choice: Choice) -> bytes:
-    compiled = compile_for(
+def _compiled(choice: Choice) -> Any:
+    return compile_for(
         choice.family, choice.wanted.spec, choice.tile, choice.size, choice.device.arch
     )
-    code: bytes = compiled.asm["cubin"]
-    return code
 
 
 def _cubin(choice: Choice) -> str:
@@ -100,13 +99,19 @@ def _roofline(choice: Choice) -> float | None:
 
 
 def _write_tuning(found: Sequence[Choice], folder: Path) -> None:
-    """The entries of tuning tables that were used, a file per device, in the tables' own form."""
+    """What was searched for these kernels, at any size; a file per device, in the tables' own form.
+
+    Not what qoqc ships: whoever loads the artifact has that, maybe a newer one.
+    """
     tables: dict[DeviceKey, table.Table] = {}
-    for choice in found:
-        if choice.known:
-            op = OPS[choice.wanted.op]
-            key = table.entry_key(op, choice.wanted.spec, bucket(choice.size), choice.device)
-            tables.setdefault(choice.device, {})[key] = (choice.family.name, choice.tile)
+    for wanted, device in dict.fromkeys((choice.wanted, choice.device) for choice in found):
+        op = OPS[wanted.op]
+        for size in BUCKETS:
+            winner = table.own(op, wanted.spec, size, device)
+            if winner is not None:
+                form, tile = winner
+                key = table.entry_key(op, wanted.spec, size, device)
+                tables.setdefault(device, {})[key] = (form.name, tile)
     for device, entries in tables.items():
         folder.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")

@@ -185,6 +185,10 @@ class Manifest:
             optional = {name for name in files if name.startswith((KERNELS, TUNING))}
         return verify_files(directory, files, self.shards, mode, optional=optional)
 
+    def tuning_tables(self, directory: Path) -> list[Path]:
+        """The files with tuning entries; one made again or not asked of the Hub may be missing."""
+        return [directory / name for name in sorted(self.files) if name.startswith(f"{TUNING}/")]
+
     @classmethod
     def _of(cls, body: dict[str, Any]) -> Manifest:
         """From its JSON. A digest tells damage only: whoever edits a manifest can renew it."""

@@ -32,7 +32,7 @@ from qoqc.artifact.shards import MAX_SHARD, write_shards
 from qoqc.artifact.survey import Progress, Survey, survey
 from qoqc.artifact.write import complete
 from qoqc.config import Options
-from qoqc.errors import ArtifactError
+from qoqc.errors import ArtifactError, Unsupported
 from qoqc.runtime.packed_linear import named_tensors
 from qoqc.runtime.weights import STORE
 
@@ -74,8 +74,9 @@ def save(
     extras     see Extras
 
     Raises ArtifactError if the directory is taken, or another process writes it now; Unsupported
-    for models the passes do not take.
+    for models the passes do not take, and for one rank's part of a model.
     """
+    _require_whole(model)
     target, more = Path(directory), Extras(**extras)
     options = options or getattr(model, "qoqc_options", None) or Options()
     with locked(target):
@@ -84,6 +85,17 @@ def save(
         with publish(target, overwrite=overwrite, is_ours=is_artifact) as draft:
             manifest = _write(model, tokenizer, options, found, more, draft)
     return manifest
+
+
+def _require_whole(model: Any) -> None:
+    """Raise Unsupported for a model that is split among processes (qoqc/parallel)."""
+    membership = getattr(model, "qoqc_parallel", None)
+    if membership is not None and membership.ranks.size > 1:
+        ranks = membership.ranks
+        raise Unsupported(
+            f"{type(model).__name__} is part {ranks.rank} of {ranks.size} here and makes no whole "
+            "artifact; load it without tp in one process, and save that"
+        )
 
 
 def _write(

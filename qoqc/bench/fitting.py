@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qoqc.bench.measure import System
-from qoqc.decode.caches import probe_kv
+from qoqc.decode.probe import probe_kv
 from qoqc.runtime.kv_cache import KV4Cache
 
 PROBE = 8

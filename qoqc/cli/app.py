@@ -25,6 +25,7 @@ from qoqc.cli.options import (
     LmHead,
     MaxShardSize,
     ModelArgument,
+    RequireCached,
     Strict,
 )
 from qoqc.cli.serve_command import serve_command
@@ -109,12 +110,13 @@ def chat_command(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable")] = None,
     device: Device = "auto",
     glue: Annotated[str, typer.Option(help="inductor, or eager = no compile time")] = "inductor",
+    require_cached: RequireCached = False,
 ) -> None:
     """Talk to a model. /reset forgets the conversation, /exit (or Ctrl-D) leaves."""
     from qoqc.cli.chat import Settings, run  # noqa: PLC0415  slow to import, see above
 
     settings = Settings(max_new_tokens, temperature, seed)
-    run(model, prompt, settings, device=device, glue=glue)
+    run(model, prompt, settings, device=device, glue=glue, require_cached=require_cached)
 
 
 @app.command("inspect")
@@ -255,6 +257,16 @@ def cache_verify_command() -> None:
     code = verify()
     if code:
         raise typer.Exit(code)
+
+
+@cache_app.command("seed")
+def cache_seed_command(
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="Made with --arch")],
+) -> None:
+    """Take over an artifact's machine code, which will run on the GPU: only if you trust it."""
+    from qoqc.cli.cache_seed import run  # noqa: PLC0415  slow to import, see above
+
+    run(artifact)
 
 
 @cache_app.command("prune")

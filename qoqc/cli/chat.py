@@ -15,8 +15,14 @@ from transformers import TextStreamer
 import qoqc.generate
 from qoqc.artifact.manifest import is_artifact
 from qoqc.cli.progress import console, waiting
-from qoqc.cli.source import choose_device, load_config, load_model, load_tokenizer, prepare
-from qoqc.config import Options
+from qoqc.cli.source import (
+    changed_options,
+    choose_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    prepare,
+)
 from qoqc.errors import Unsupported
 
 GREETING = "/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer"
@@ -39,12 +45,23 @@ class Settings:
         return {"do_sample": True, "temperature": self.temperature}
 
 
-def run(model_name: str, prompt: str | None, settings: Settings, *, device: str, glue: str) -> None:
-    """Answer `prompt`, or hold a conversation until /exit or Ctrl-D."""
+def run(
+    model_name: str,
+    prompt: str | None,
+    settings: Settings,
+    *,
+    device: str,
+    glue: str,
+    require_cached: bool = False,
+) -> None:
+    """Answer `prompt`, or hold a conversation until /exit or Ctrl-D.
+
+    Raises NotCached if something must be compiled although `require_cached` is set.
+    """
     where = choose_device(device)
-    Options.parse({"glue": glue})
+    options = changed_options(glue, require_cached=require_cached)
     prepare()
-    chat = Chat(*_load(model_name, where, glue), settings)
+    chat = Chat(*_load(model_name, where, options), settings)
     if prompt is not None:
         chat.answer(prompt)
     elif sys.stdin.isatty():
@@ -54,15 +71,13 @@ def run(model_name: str, prompt: str | None, settings: Settings, *, device: str,
         _converse(chat, input)
 
 
-def _load(model_name: str, device: torch.device, glue: str) -> tuple[Any, Any]:
+def _load(model_name: str, device: torch.device, options: dict[str, Any]) -> tuple[Any, Any]:
     """The compiled model and its tokenizer."""
     with waiting(f"Loading {model_name}"):
         load_config(model_name)
         tokenizer = load_tokenizer(model_name)
         if tokenizer is None:
             raise Unsupported(f"{model_name} has no tokenizer, and a chat needs one")
-        # only what differs from the defaults, so that an artifact keeps its own options
-        options: dict[str, Any] = {"glue": glue} if glue != Options().glue else {}
         if is_artifact(Path(model_name)):
             return qoqc.generate.load(model_name, device, **options), tokenizer
         return qoqc.generate.compile(load_model(model_name, device), **options), tokenizer

@@ -24,3 +24,6 @@ Exclude = Annotated[
 Strict = Annotated[bool, typer.Option("--strict", help="A node left in 16 bit is an error")]
 MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Of a weight file: 5GB, 500MB")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bf16, fp16 or fp32")]
+RequireCached = Annotated[
+    bool, typer.Option("--require-cached", help="Having to compile anything is an error")
+]

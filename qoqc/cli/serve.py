@@ -15,6 +15,7 @@ import qoqc.generate
 from qoqc.artifact.manifest import is_artifact
 from qoqc.cli.progress import console, waiting
 from qoqc.cli.source import (
+    changed_options,
     choose_device,
     choose_dtype,
     load_config,
@@ -22,7 +23,6 @@ from qoqc.cli.source import (
     load_tokenizer,
     prepare,
 )
-from qoqc.config import Options
 from qoqc.errors import OptionError, Unsupported
 from qoqc.serve.engine import engine as kv4_engine
 from qoqc.serve.http.plain import plain_engine
@@ -68,6 +68,7 @@ def run(
     device: str,
     dtype: str,
     glue: str,
+    require_cached: bool = False,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. limits: fields of Settings."""
     missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
@@ -78,7 +79,9 @@ def run(
     from qoqc.serve.http.settings import Settings  # noqa: PLC0415  extra
 
     where, kind = choose_device(device), choose_dtype(dtype)
-    Options.parse({"glue": glue})
+    options = changed_options(glue, require_cached=require_cached)
+    if engine.plain and require_cached:
+        raise OptionError("--require-cached: others compile what --plain runs; leave one out")
     key = None if api_key_file is None else read_key(api_key_file)
     settings = Settings(name or default_name(model_name), key, **limits)
     prepare()
@@ -90,7 +93,7 @@ def run(
             tokenizer = load_tokenizer(model_name)
             if tokenizer is None:
                 raise Unsupported(f"{model_name} has no tokenizer, and a server needs one")
-            model = _load(model_name, engine, where, kind, glue)
+            model = _load(model_name, engine, where, kind, options)
             driver = _driver(model, engine)
             driver.start()
         try:
@@ -126,10 +129,8 @@ def _load(
     engine: EngineSettings,
     device: torch.device,
     dtype: torch.dtype | str,
-    glue: str,
+    options: dict[str, Any],
 ) -> Any:
-    # only what differs from the defaults, so that an artifact keeps its own options
-    options: dict[str, Any] = {"glue": glue} if glue != Options().glue else {}
     if is_artifact(Path(name)):
         if engine.plain:
             raise OptionError(f"--plain: {name} is an artifact, it has no 16-bit weights")

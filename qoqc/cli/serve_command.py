@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qoqc.cli.options import AnyArgument, Device, Dtype
+from qoqc.cli.options import AnyArgument, Device, Dtype, RequireCached
 
 
 def serve_command(
@@ -58,6 +58,7 @@ def serve_command(
     device: Device = "auto",
     dtype: Dtype = "auto",
     glue: Annotated[str, typer.Option(help="inductor, or eager = no compile time")] = "inductor",
+    require_cached: RequireCached = False,
 ) -> None:
     """Serve a model by OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models.
 
@@ -84,4 +85,5 @@ def serve_command(
         device=device,
         dtype=dtype,
         glue=glue,
+        require_cached=require_cached,
     )

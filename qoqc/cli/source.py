@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from qoqc.backend import check_torch_version
+from qoqc.config import Options
 from qoqc.errors import OptionError, Unsupported
 from qoqc.ir.spec import OUTPUT_DTYPES
 
@@ -49,6 +50,16 @@ def choose_dtype(name: str) -> torch.dtype | str:
     if name not in ("auto", *DTYPES):
         raise OptionError(f"--dtype {name}: expected auto, {', '.join(DTYPES)}")
     return DTYPES.get(name, "auto")
+
+
+def changed_options(glue: str, *, require_cached: bool) -> dict[str, Any]:
+    """The options of qoqc.compile that a command line changes; an artifact keeps its other ones.
+
+    Raises OptionError for a value they do not have.
+    """
+    given = Options.parse({"glue": glue, "require_cached": require_cached})
+    values = {"glue": given.glue, "require_cached": given.require_cached}
+    return {name: value for name, value in values.items() if value != getattr(Options(), name)}
 
 
 def load_config(name: str) -> Any:

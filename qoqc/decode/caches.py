@@ -6,10 +6,9 @@ import weakref
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
 
 from qoqc.config import Options
-from qoqc.errors import Unsupported
+from qoqc.decode.probe import probe_kv
 from qoqc.ir.spec import KVSpec
 from qoqc.runtime.kv_cache import KV4Cache
 
@@ -121,22 +120,3 @@ def cache_length(tokens: int) -> int:
         return MIN_CACHE
     step = (1 << (tokens - 1).bit_length()) // 2 // SIZES_PER_DOUBLING
     return -(-tokens // step) * step
-
-
-def probe_kv(model: Any) -> list[KVSpec]:
-    """Each layer's KV head count and head sizes, read off one eager step on a 16-bit cache.
-
-    Asking the cache works for every attention (MLA, per-layer sizes); config names differ.
-    Raises Unsupported when a layer keeps no keys and values (linear attention, state space).
-    """
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with torch.no_grad():
-        model.forward(input_ids=token, past_key_values=cache, use_cache=True)
-    specs = []
-    for number, layer in enumerate(cache.layers):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None or keys.dim() != 4:
-            raise Unsupported(f"layer {number} keeps no keys and values; compile with kv_bits=16")
-        specs.append(KVSpec(keys.shape[1], keys.shape[-1], values.shape[-1]))
-    return specs

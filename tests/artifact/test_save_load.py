@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -350,6 +351,16 @@ def test_strict_refuses_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="strict"):
         saving.save(tiny_model("deepseek_v3"), tmp_path / "a", options=options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_of_a_split_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.qoqc_parallel = SimpleNamespace(ranks=SimpleNamespace(rank=1, size=2))
+    with pytest.raises(Unsupported, match="LlamaForCausalLM is part 1 of 2 here .* without tp"):
+        qoqc.save(model, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+    model.qoqc_parallel.ranks.size = 1  # all of it
+    qoqc.save(model, tmp_path / "a")
 
 
 def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

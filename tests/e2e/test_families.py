@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import qoqc
 from qoqc import pipeline
-from qoqc.decode.caches import probe_kv
+from qoqc.decode.probe import probe_kv
 from qoqc.ir import ops
 from qoqc.quant.activation import quantize_act
 from qoqc.quant.weight import expand_int8, quantize_weight

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qoqc
 from qoqc.codegen import dispatch
-from qoqc.decode.caches import probe_kv
+from qoqc.decode.probe import probe_kv
 
 TOKENS = 200
 PROMPTS = ("Tell me a story about a brave little fox.", "Write about a lost red ball.")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qoqc.decode.caches import probe_kv
+from qoqc.decode.probe import probe_kv
 from qoqc.ir import ops
 from qoqc.ir.spec import KVSpec
 from qoqc.passes import manager

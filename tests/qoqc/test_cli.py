@@ -15,10 +15,12 @@ import pytest
 import torch
 
 import qoqc
+from qoqc import pipeline
 from qoqc.artifact.manifest import Manifest
 from qoqc.backend import check_torch_version
 from qoqc.cli import app, chat, main, source
 from qoqc.errors import StaleWeights
+from qoqc.runtime import compile_count
 from qoqc.testing import tiny_model
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "models" / "llama-stories-4m"
@@ -163,6 +165,37 @@ def test_a_conversation_that_outgrows_the_context_says_so(
     monkeypatch.setattr(sys, "stdin", io.StringIO("cat " * 2000 + "\n"))
     assert main(["chat", str(artifact), "--glue", "eager"]) == 0
     assert "the model's context 1024; /reset it" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("source_of", ["artifact", "model"])
+def test_a_chat_that_may_compile_nothing(
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source_of: str,
+) -> None:
+    compiled = [0, 0]
+
+    def inductor(gm: Any, *_: Any) -> Any:
+        compiled[0] += cold
+        return gm.forward
+
+    monkeypatch.setattr(pipeline, "compile_with_inductor", inductor)
+    monkeypatch.setattr(compile_count, "graphs_compiled", lambda: tuple(compiled))
+    monkeypatch.setattr(compile_count, "_REQUIRED", [])
+    path = artifact if source_of == "artifact" else MODEL
+    arguments = ["chat", str(path), "--prompt", ASK, "--max-new-tokens", "2"]
+    cold = True
+    assert main([*arguments, "--require-cached"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "was not in the cache of compiled graphs" in lines[-1]
+    assert "require_cached is set" in lines[-1]
+    torch._dynamo.reset()
+    assert main(arguments) == 0
+    torch._dynamo.reset()
+    cold = False
+    assert main([*arguments, "--require-cached"]) == 0
+    assert "2 tokens" in capsys.readouterr().err
 
 
 def test_a_model_without_chat_template_continues_the_text(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import qoqc.generate
 from qoqc.cli import main, serve
 from qoqc.errors import OptionError
 
@@ -19,6 +20,10 @@ MODEL = Path(__file__).resolve().parents[2] / "examples" / "models" / "llama-sto
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            [str(MODEL), "--plain", "--require-cached"],
+            "others compile what --plain runs",
+        ),
         (["/nowhere"], "/nowhere is not a directory with a model"),
         ([str(MODEL), "--glue", "no"], "option glue='no': expected one of"),
         ([str(MODEL), "--device", "tpu"], "--device tpu: expected auto, cpu or cuda"),
@@ -52,6 +57,24 @@ def test_port_in_use_is_known_before_the_model_is_loaded(
         port = other.getsockname()[1]
         assert main(["serve", str(MODEL), "--port", str(port)]) == 2
     assert f"127.0.0.1:{port} cannot be listened on" in capsys.readouterr().err
+
+
+def test_options_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def compile_model(model: Any, **options: Any) -> None:
+        raise Asked(options)
+
+    monkeypatch.setattr(qoqc.generate, "compile", compile_model)
+    for arguments, expected in (
+        ([], {"release": True}),
+        (["--require-cached"], {"release": True, "require_cached": True}),
+        (["--glue", "eager"], {"release": True, "glue": "eager"}),
+    ):
+        with pytest.raises(Asked) as found:
+            main(["serve", str(MODEL), "--port", "0", "--device", "cpu", *arguments])
+        assert found.value.args == (expected,)
 
 
 def test_model_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

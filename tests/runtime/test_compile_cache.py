@@ -220,6 +220,17 @@ def test_a_compiled_kernel_is_an_error_if_it_must_be_cached(
         listener(src=source, cache_hit=False, **event)
 
 
+def test_kernels_must_be_cached_with_eager_glue_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    required: list[bool] = []
+    monkeypatch.setattr(compile_count, "_REQUIRED", required)
+    linear = torch.nn.Sequential(torch.nn.Linear(128, 128)).requires_grad_(False)
+    for wanted in (False, True):
+        torch._dynamo.reset()
+        options = {"glue": "eager", "require_cached": wanted}
+        torch.compile(linear, backend="qoq", options=options)(torch.ones(2, 128))
+        assert bool(required) == wanted
+
+
 RUN = """
 import json, sys, torch, qoqc
 from qoqc.runtime.compile_count import count
