@@ -25,18 +25,15 @@ Ours is compared with the definition at every point: the first sequences, or the
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import importlib.util
 import math
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import triton
 from attention_calls import (
     EQUAL,
     OURS,
@@ -49,6 +46,7 @@ from attention_calls import (
     ragged_lengths,
 )
 from attention_rivals import RIVALS, rival_row
+from facts import provenance, write_csv
 
 from qoqc.codegen import dispatch
 from qoqc.codegen.roofline import limits_of
@@ -110,37 +108,10 @@ def measured(points: Sequence[Point], rivals: Sequence[str], device: torch.devic
     print(file=sys.stderr)
 
 
-def provenance(device: torch.device) -> Row:
-    """What a figure means nothing without."""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=Path(__file__).parent,
-        ).stdout.strip()
-    except FileNotFoundError:  # no git
-        commit = ""
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit or "unknown",
-    }
-
-
 def save(rows: Sequence[Row], folder: Path) -> Path:
     """Write attention.csv."""
-    folder.mkdir(parents=True, exist_ok=True)
     names = ("kind", "batch", "new", "context", "what", "us", "tbs", "ceiling", "ratio", "note")
-    path = folder / "attention.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, (*names, "device", "torch", "triton", "commit"))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({n: f"{v:.6g}" if isinstance(v, float) else v for n, v in row.items()})
-    return path
+    return write_csv(rows, names, folder / "attention.csv")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,12 +18,10 @@ leave out quantizing the activations, as we do.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import itertools
 import math
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +30,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import triton
+from facts import provenance, write_csv
 
 from qoqc.codegen.kernels.gemm_forms import GEMM
 from qoqc.codegen.roofline import TOKENS, gemm_bytes, gemm_operations, limits_of
@@ -195,37 +193,10 @@ def compile_all(
     return {ours: found[index] for index, ours in enumerate(wanted) if index in found}
 
 
-def provenance(device: torch.device) -> Row:
-    """What a figure means nothing without."""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=Path(__file__).parent,
-        ).stdout.strip()
-    except FileNotFoundError:  # no git
-        commit = ""
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit or "unknown",
-    }
-
-
 def save(rows: Sequence[Row], folder: Path) -> Path:
     """Write gemm.csv."""
-    folder.mkdir(parents=True, exist_ok=True)
     names = ("label", "n", "k", "m", "what", "us", "ratio_bf16", "ratio_fp8", "limit", "note")
-    path = folder / "gemm.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, (*names, "device", "torch", "triton", "commit"))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({n: f"{v:.6g}" if isinstance(v, float) else v for n, v in row.items()})
-    return path
+    return write_csv(rows, names, folder / "gemm.csv")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from qoqc.codegen.family import Family, Launch, Tile, Trial
 from qoqc.codegen.kernels.attention import has_ptx, lanes
+from qoqc.codegen.kernels.pieces import depends_on
 from qoqc.codegen.kernels.pieces_kv import TINY, TINY_STEP
 from qoqc.codegen.kernels.pieces_rotary import FORMS
 from qoqc.codegen.kernels.step_append import step_append
@@ -108,8 +109,7 @@ def _common_constexprs(spec: StepSpec, tile: Tile) -> dict[str, Any]:
 
 
 def _flags(device: DeviceKey) -> tuple[tuple[str, int], ...]:
-    ptx = has_ptx(device)
-    return (("PTX", ptx), ("DEPENDENT", int(ptx and device.arch >= 90)))
+    return (("PTX", has_ptx(device)), depends_on(device))
 
 
 def _common(device: DeviceKey) -> tuple[tuple[str, int], ...]:

@@ -33,9 +33,8 @@ def tile_of(
         "LOOP": int(loop),
         # the interpreter cuts where hardware rounds
         "ROUND_BF16": int(device.name == INTERPRETED_DEVICE and dtype is torch.bfloat16),
-        **dict([depends_on(device)]),
     }
-    return Tile(tuple(constexprs.items()), num_warps, num_stages=2)
+    return Tile((*constexprs.items(), depends_on(device)), num_warps, num_stages=2)
 
 
 def heuristic(

@@ -161,7 +161,8 @@ def keep_floats() -> None:
     """Let Dynamo keep floats (the eps of a norm, a scale) as constants in every graph.
 
     Else it takes those in which two models of a process differ for inputs, and the second model's
-    norms would be no norms to a pass.
+    norms would be no norms to a pass. Holds for everything that torch.compile traces after it:
+    the option is Dynamo's, and is read before a backend is called.
     """
     _set_in_all_threads("specialize_float", True)
 

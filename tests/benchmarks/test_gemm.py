@@ -18,7 +18,9 @@ SCRIPT, REPORT, PLOT = (FOLDER / f"{name}.py" for name in ("gemm", "gemm_report"
 
 @pytest.fixture(scope="module")
 def script() -> dict[str, Any]:
-    return runpy.run_path(str(SCRIPT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)  # as `python benchmarks/gemm.py` has it
+        return runpy.run_path(str(SCRIPT))
 
 
 @pytest.fixture(scope="module")
