@@ -7,13 +7,13 @@ per sequence, K in_features, N out_features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from qoqc.ir import glue, kv_reference, reference
+from qoqc.ir import glue, kv_reference, reference, sampling
 from qoqc.ir.spec import PAGE
 from qoqc.quant.activation import quantize_act as _quantize_act
 from qoqc.quant.kv import fake_quantize_kv
@@ -39,6 +39,19 @@ SCHEMAS = {
     "w4a8_glu": (
         "(Tensor xq, Tensor token_scale, Tensor token_sum, Tensor qweight, Tensor channel_scale, "
         "Tensor? group_word, Tensor? channel_zero, Tensor? bias, ScalarType dtype) -> Tensor"
+    ),
+    # quantize_act, then one linear that alone reads it: w4a8_glu if `glu`, else w4a8_linear
+    "quant_linear": (
+        "(Tensor x, Tensor qweight, Tensor channel_scale, Tensor? group_word, "
+        "Tensor? channel_zero, Tensor? bias, Tensor? residual, ScalarType dtype, bool glu) "
+        "-> Tensor"
+    ),
+    # the same with norm_quant -> y, and its fourth and fifth output
+    "norm_linear": (
+        "(Tensor x, Tensor? norm_residual, Tensor? norm_weight, Tensor? norm_bias, str kind, "
+        "float eps, float offset, bool round_first, bool keep, Tensor qweight, "
+        "Tensor channel_scale, Tensor? group_word, Tensor? channel_zero, Tensor? bias, "
+        "Tensor? residual, ScalarType dtype, bool glu) -> (Tensor, Tensor, Tensor)"
     ),
     # xq int8 [M, K], w8 int8 [N, K] -> int32 [M, N]: the GEMM of CPUs, weights expanded beforehand
     "int8_matmul": "(Tensor xq, Tensor w8) -> Tensor",
@@ -81,6 +94,10 @@ SCHEMAS = {
     ),
     # x [..., D] -> [..., D]: the value a cache of `bits` would give back
     "kv4_round": "(Tensor x, int bits) -> Tensor",
+    # fp32 [rows, vocabulary] -> scores whose argmax is a draw (ir/sampling.py)
+    "sample_scores": (
+        "(Tensor scores, Tensor? temperature, Tensor? top_p, Tensor? key, float fill) -> Tensor"
+    ),
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -91,6 +108,8 @@ norm_quant = torch.ops.qoqc.norm_quant.default
 act_quant = torch.ops.qoqc.act_quant.default
 w4a8_linear = torch.ops.qoqc.w4a8_linear.default
 w4a8_glu = torch.ops.qoqc.w4a8_glu.default
+quant_linear = torch.ops.qoqc.quant_linear.default
+norm_linear = torch.ops.qoqc.norm_linear.default
 int8_matmul = torch.ops.qoqc.int8_matmul.default
 kv4_append = torch.ops.qoqc.kv4_append.default
 kv4_dequant = torch.ops.qoqc.kv4_dequant.default
@@ -99,6 +118,7 @@ attention = torch.ops.qoqc.attention.default
 kv4_rotate_append = torch.ops.qoqc.kv4_rotate_append.default
 kv4_decode = torch.ops.qoqc.kv4_decode.default
 kv4_round = torch.ops.qoqc.kv4_round.default
+sample_scores = torch.ops.qoqc.sample_scores.default
 
 QUANTIZERS = (quantize_act, norm_quant, act_quant)
 """The ops whose first three outputs are what a w4a8_linear reads."""
@@ -249,6 +269,39 @@ def _w4a8_glu_fake(
     return xq.new_empty((*xq.shape[:-1], channel_scale.shape[0] // 2), dtype=dtype)
 
 
+def _linear(parts: Sequence[Tensor], *args: Any) -> Tensor:
+    """The linear of a composite op, on quantized activations."""
+    *weight, residual, dtype, glu = args
+    if glu and residual is not None:
+        raise ValueError("a linear with glu takes no residual: add it to the result")
+    last = (dtype,) if glu else (residual, dtype)
+    y: Tensor = (w4a8_glu if glu else w4a8_linear)(*parts, *weight, *last)
+    return y
+
+
+@torch.library.impl("qoqc::quant_linear", "default")
+def _quant_linear_impl(x: Tensor, *args: Any) -> Tensor:
+    return _linear(_quantize_act(x), *args)
+
+
+@_fake("quant_linear")
+def _quant_linear_fake(x: Tensor, qweight: Tensor, channel_scale: Tensor, *args: Any) -> Tensor:
+    *_, dtype, glu = args
+    return x.new_empty((*x.shape[:-1], channel_scale.shape[0] // (1 + glu)), dtype=dtype)
+
+
+@torch.library.impl("qoqc::norm_linear", "default")
+def _norm_linear_impl(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *parts, total, normed = glue.norm_quant(*args[:9])
+    return _linear(parts, *args[9:]), total, normed
+
+
+@_fake("norm_linear")
+def _norm_linear_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, total, normed = _norm_quant_fake(*args[:9])
+    return _quant_linear_fake(args[0], *args[9:]), total, normed
+
+
 @torch.library.impl("qoqc::int8_matmul", "default")
 def _int8_matmul_impl(xq: Tensor, w8: Tensor) -> Tensor:
     return reference.integer_matmul(xq, w8)
@@ -259,9 +312,7 @@ def _int8_matmul_fake(xq: Tensor, w8: Tensor) -> Tensor:
     return xq.new_empty((xq.shape[0], w8.shape[0]), dtype=torch.int32)
 
 
-@torch.library.impl("qoqc::kv4_append", "default")
-def _kv4_append_impl(*args: Any) -> None:
-    kv_reference.kv_append(*args)
+torch.library.impl("qoqc::kv4_append", "default")(kv_reference.kv_append)
 
 
 @_fake("kv4_append")
@@ -269,9 +320,7 @@ def _kv4_append_fake(*args: Any) -> None:
     return None
 
 
-@torch.library.impl("qoqc::kv4_dequant", "default")
-def _kv4_dequant_impl(*args: Any) -> tuple[Tensor, Tensor]:
-    return kv_reference.kv_dequant(*args)
+torch.library.impl("qoqc::kv4_dequant", "default")(kv_reference.kv_dequant)
 
 
 @_fake("kv4_dequant")
@@ -334,11 +383,17 @@ def _kv4_decode_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-@torch.library.impl("qoqc::kv4_round", "default")
-def _kv4_round_impl(x: Tensor, bits: int) -> Tensor:
-    return fake_quantize_kv(x, bits)
+torch.library.impl("qoqc::kv4_round", "default")(fake_quantize_kv)
 
 
 @_fake("kv4_round")
 def _kv4_round_fake(x: Tensor, bits: int) -> Tensor:
     return x.new_empty(x.shape)
+
+
+torch.library.impl("qoqc::sample_scores", "default")(sampling.sample_scores)
+
+
+@_fake("sample_scores")
+def _sample_scores_fake(scores: Tensor, *args: Any) -> Tensor:
+    return scores.new_empty(scores.shape)

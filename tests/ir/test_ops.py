@@ -84,6 +84,24 @@ def glu_args(*, grouped: bool, dtype: torch.dtype) -> tuple[Any, ...]:
     return (xq, scale, total, *tensors, randn(48, seed=2).to(dtype), dtype)
 
 
+def quant_linear_args(*, grouped: bool, dtype: torch.dtype, glu: bool) -> tuple[Any, ...]:
+    if glu:
+        _, _, _, *weight, _ = glu_args(grouped=grouped, dtype=dtype)
+        return (randn(2, 3, 200, seed=4).to(dtype), *weight, None, dtype, True)
+    _, _, _, *weight, _ = linear_args(grouped=grouped, dtype=dtype, extra=True)
+    return (randn(2, 3, 200, seed=4).to(dtype), *weight, dtype, False)
+
+
+def norm_linear_args(
+    dtype: torch.dtype, *, glu: bool, residual: bool, keep: bool
+) -> tuple[Any, ...]:
+    x, *weight = quant_linear_args(grouped=not glu, dtype=dtype, glu=glu)
+    summand = randn(2, 3, 200, seed=5).to(dtype) if residual else None
+    scale, shift = randn(200, seed=6).to(dtype), randn(200, seed=7).to(dtype)
+    norm = ("layer", 1e-5, 0.0, False) if keep else ("rms", 1e-6, 0.0, True)
+    return (x, summand, scale, shift if keep else None, *norm, keep, *weight)
+
+
 def append_args(bits: int, dtype: torch.dtype, seq: int = 3) -> tuple[Any, ...]:
     k, v = randn(2, seq, 2, 8).to(dtype), randn(2, seq, 2, 6, seed=1).to(dtype)
     start = torch.tensor([90, 62])
@@ -154,6 +172,21 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "w4a8_glu g128 bf16": lambda: (ops.w4a8_glu, glu_args(grouped=True, dtype=BF16)),
     "w4a8_glu per channel fp16": lambda: (ops.w4a8_glu, glu_args(grouped=False, dtype=FP16)),
+    "quant_linear g128 bf16": lambda: (
+        ops.quant_linear, quant_linear_args(grouped=True, dtype=BF16, glu=False)
+    ),
+    "quant_linear per channel glu": lambda: (
+        ops.quant_linear, quant_linear_args(grouped=False, dtype=FP16, glu=True)
+    ),
+    "norm_linear rms": lambda: (
+        ops.norm_linear, norm_linear_args(BF16, glu=False, residual=False, keep=False)
+    ),
+    "norm_linear glu of a sum": lambda: (
+        ops.norm_linear, norm_linear_args(BF16, glu=True, residual=True, keep=False)
+    ),
+    "norm_linear layer kept": lambda: (
+        ops.norm_linear, norm_linear_args(FP32, glu=False, residual=True, keep=True)
+    ),
     "kv4_append 4 bit": lambda: (ops.kv4_append, append_args(4, BF16)),
     "kv4_append 8 bit": lambda: (ops.kv4_append, append_args(8, FP32)),
     "kv4_append decode": lambda: (ops.kv4_append, append_args(4, BF16, seq=1)),
@@ -197,6 +230,12 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "kv4_round 4 bit": lambda: (ops.kv4_round, (randn(2, 3, 8).to(BF16), 4)),
     "kv4_round 8 bit strided": lambda: (ops.kv4_round, (strided(randn(2, 3, 8)), 8)),
+    "sample_scores": lambda: (
+        ops.sample_scores,
+        (randn(2, 50), torch.tensor([0.7, 1.0]), torch.tensor([0.5, 1.0]),
+         torch.tensor([3, 0], dtype=torch.int32), -torch.inf),
+    ),
+    "sample_scores of nothing": lambda: (ops.sample_scores, (randn(2, 50), None, None, None, 0.0)),
 }  # fmt: skip
 every_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES.keys())
 
@@ -306,6 +345,35 @@ def test_glu_is_silu_of_one_half_times_the_other() -> None:
     )
     want = torch.nn.functional.silu(gate) * up
     torch.testing.assert_close(ops.w4a8_glu(*args), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("glu", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_quant_linear_is_its_two_ops(grouped: bool, glu: bool) -> None:
+    args = quant_linear_args(grouped=grouped, dtype=BF16, glu=glu)
+    x, *weight, residual, dtype, _ = args
+    linear = ops.w4a8_glu if glu else ops.w4a8_linear
+    last = (dtype,) if glu else (residual, dtype)
+    assert torch.equal(ops.quant_linear(*args), linear(*ops.quantize_act(x), *weight, *last))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("glu", [False, True])
+def test_norm_linear_is_its_two_ops(glu: bool, summed: bool, keep: bool) -> None:
+    args = norm_linear_args(FP16, glu=glu, residual=summed, keep=keep)
+    *weight, residual, dtype, _ = args[9:]
+    *parts, total, normed = ops.norm_quant(*args[:9])
+    linear = ops.w4a8_glu if glu else ops.w4a8_linear
+    want = linear(*parts, *weight, *((dtype,) if glu else (residual, dtype)))
+    for a, b in zip(ops.norm_linear(*args), (want, total, normed), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_composite_with_glu_takes_no_residual() -> None:
+    *args, _, dtype, glu = quant_linear_args(grouped=True, dtype=BF16, glu=True)
+    with pytest.raises(ValueError, match="takes no residual"):
+        ops.quant_linear(*args, randn(2, 3, 24).to(BF16), dtype, glu)
 
 
 def test_append_then_dequant_is_the_round_op() -> None:
