@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from qoqc.codegen.launcher import Launcher
 from qoqc.codegen.roofline import Work
 from qoqc.ir.spec import to_json
 from qoqc.log import get_logger
@@ -29,7 +30,11 @@ class Tile:
 
     def __getitem__(self, name: str) -> int:
         """The value of one constexpr."""
-        return dict(self.constexprs)[name]
+        return self._values[name]
+
+    @functools.cached_property
+    def _values(self) -> dict[str, int]:
+        return dict(self.constexprs)
 
 
 class Launch(Protocol):
@@ -191,4 +196,8 @@ class Kernel:
 
     def __call__(self, grid: tuple[int, ...], *args: Any) -> None:
         """Launch on the current device and stream (or run now, where Triton interprets)."""
-        self.fn[grid](*args, **self.family.options(self.tile))
+        self._launcher(grid, args)
+
+    @functools.cached_property
+    def _launcher(self) -> Launcher:
+        return Launcher(self.fn, self.family.options(self.tile))

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qoqc.codegen.facts import by_facts
 from qoqc.codegen.family import Family, Launch, Tile, TwinTrial
 from qoqc.codegen.kernels import token_tiles
 from qoqc.codegen.kernels.pieces import check_device, rounded
@@ -26,6 +27,7 @@ from qoqc.codegen.kernels.quantize import (
     magnitude_bits,
     quantize_block,
 )
+from qoqc.codegen.kernels.token_rows import empty_quantized, rows_of
 from qoqc.ir.glue import ACTIVATIONS, ActKind, act_quant
 from qoqc.ir.spec import OUTPUT_DTYPES
 from qoqc.quant.pack import ceil_div
@@ -150,37 +152,23 @@ def act_quantize_kernel(
 
 def launch(kernel: Launch, gate: torch.Tensor, up: torch.Tensor | None) -> Outputs:
     """The outputs of qoqc::act_quant for tensors that `spec_of` accepts."""
-    outputs = empty_outputs(gate)
+    outputs = empty_quantized(gate)
     start(kernel, gate, up, outputs)
     return outputs
 
 
 def start(kernel: Launch, gate: torch.Tensor, up: torch.Tensor | None, outputs: Outputs) -> None:
     """Launch; rows whose channels are not neighbours are copied first."""
-    tokens = gate.shape[:-1].numel()
+    tokens = outputs[1].numel()
     if not tokens:
         return
-    gate = _rows(gate)
-    up = gate if up is None else _rows(up)
+    gate, stride = rows_of(gate)
+    up, up_stride = (gate, stride) if up is None else rows_of(up)
     grid = (ceil_div(tokens, kernel.tile["ROWS"]),)
-    kernel(grid, gate, gate.stride(0), up, up.stride(0), *outputs, tokens)
+    kernel(grid, gate, stride, up, up_stride, *outputs, tokens)
 
 
-def empty_outputs(gate: torch.Tensor) -> Outputs:
-    """Room for xq, token_scale and token_sum, contiguous."""
-    shape, device = gate.shape, gate.device
-    return (
-        torch.empty(shape, dtype=torch.int8, device=device),
-        torch.empty(shape[:-1], dtype=torch.float32, device=device),
-        torch.empty(shape[:-1], dtype=torch.int32, device=device),
-    )
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
-
-
+@by_facts
 def spec_of(gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> ActSpec:
     """The spec of a call; ValueError for what the kernel does not take."""
     if kind not in ACTIVATIONS:
@@ -224,7 +212,7 @@ class ActTrial(TwinTrial):
         x = torch.randn(size, width, generator=generator, device=device).to(spec.dtype)
         self._spec = spec
         self._inputs = [x]
-        self._outputs = empty_outputs(x[:, : spec.features])
+        self._outputs = empty_quantized(x[:, : spec.features])
 
     def __call__(self, kernel: Launch, copy: int = 0) -> Outputs:
         """The outputs; the next call overwrites them."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from qoqc.codegen.facts import by_facts
 from qoqc.codegen.family import Kernel
 from qoqc.codegen.kernels.pieces import check_device
 from qoqc.ir.spec import GROUP, OUTPUT_DTYPES, TILE_N, LinearSpec
@@ -88,15 +89,10 @@ def call_of(
 
     Raises ValueError where shapes, dtypes or devices do not fit each other.
     """
-    check(
+    spec = _checked_spec(
         xq, token_scale, token_sum, qweight, channel_scale, group_word, channel_zero, bias,
-        residual, dtype,
+        residual, dtype, glu,
     )  # fmt: skip
-    if glu and (channel_scale.shape[0] % (2 * TURN) or residual is not None):
-        raise ValueError(
-            f"w4a8_glu takes gate and up in turns of {TURN} rows and no residual, "
-            f"got {channel_scale.shape[0]} rows"
-        )
     word = channel_zero if group_word is None else group_word
     assert word is not None
     return GemmCall(
@@ -108,8 +104,31 @@ def call_of(
         word=word.contiguous(),
         bias=None if bias is None else bias.contiguous(),
         residual=None if residual is None else residual.contiguous(),
-        spec=spec_of(xq, channel_scale, group_word, bias, residual, dtype, glu),
+        spec=spec,
     )
+
+
+@by_facts
+def _checked_spec(
+    xq: torch.Tensor,
+    token_scale: torch.Tensor,
+    token_sum: torch.Tensor,
+    qweight: torch.Tensor,
+    channel_scale: torch.Tensor,
+    group_word: torch.Tensor | None,
+    channel_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+    glu: bool,
+) -> LinearSpec:
+    check(
+        xq, token_scale, token_sum, qweight, channel_scale, group_word, channel_zero, bias,
+        residual, dtype,
+    )  # fmt: skip
+    if glu:
+        check_glu(channel_scale, residual)
+    return spec_of(xq, channel_scale, group_word, bias, residual, dtype, glu)
 
 
 def launch(kernel: Kernel, call: GemmCall) -> torch.Tensor:
@@ -156,20 +175,41 @@ def check(
     dtype: torch.dtype,
 ) -> None:
     """Raise ValueError, with the numbers, where the arguments of w4a8_linear disagree."""
+    tokens, k = xq.shape[:-1], xq.shape[-1]
     check_device(
         "w4a8_linear", xq=xq, token_scale=token_scale, token_sum=token_sum, qweight=qweight,
         channel_scale=channel_scale, group_word=group_word, channel_zero=channel_zero, bias=bias,
         residual=residual,
     )  # fmt: skip
+    check_weight(
+        xq, qweight, channel_scale, group_word, channel_zero, bias, residual, dtype
+    )  # fmt: skip
+    _expect("xq", xq, (torch.int8,), (*tokens, k))
+    _expect("token_scale", token_scale, (torch.float32,), tokens)
+    _expect("token_sum", token_sum, (torch.int32,), tokens)
+
+
+def check_weight(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    channel_scale: torch.Tensor,
+    group_word: torch.Tensor | None,
+    channel_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    """The same for everything but the activations `x` [..., K], in whatever form they come."""
+    check_device(
+        "w4a8_linear", x=x, qweight=qweight, channel_scale=channel_scale, group_word=group_word,
+        channel_zero=channel_zero, bias=bias, residual=residual,
+    )  # fmt: skip
     if (group_word is None) == (channel_zero is None):
         raise ValueError("w4a8_linear takes group_word (g128) or channel_zero (per channel): one")
     if dtype not in OUTPUT_DTYPES:
         raise ValueError(f"w4a8_linear gives bfloat16, float16 or float32, not {dtype}")
-    tokens, k, n = xq.shape[:-1], xq.shape[-1], channel_scale.shape[0]
+    tokens, k, n = x.shape[:-1], x.shape[-1], channel_scale.shape[0]
     k_tiles = ceil_div(k, GROUP)
-    _expect("xq", xq, (torch.int8,), (*tokens, k))
-    _expect("token_scale", token_scale, (torch.float32,), tokens)
-    _expect("token_sum", token_sum, (torch.int32,), tokens)
     _expect("qweight", qweight, (torch.uint8,), (ceil_div(n, TILE_N), k_tiles, TILE_N, GROUP // 2))
     _expect("channel_scale", channel_scale, (torch.float32,), (n,))
     _expect("group_word", group_word, (torch.int32,), (k_tiles, n))
@@ -177,6 +217,15 @@ def check(
     _expect("bias", bias, OUTPUT_DTYPES, (n,))
     # of the output's dtype: it may share the output's buffer on the chip
     _expect("residual", residual, (dtype,), (*tokens, n))
+
+
+def check_glu(channel_scale: torch.Tensor, residual: torch.Tensor | None) -> None:
+    """Raise ValueError for what no linear with `glu` takes."""
+    if channel_scale.shape[0] % (2 * TURN) or residual is not None:
+        raise ValueError(
+            f"w4a8_glu takes gate and up in turns of {TURN} rows and no residual, "
+            f"got {channel_scale.shape[0]} rows"
+        )
 
 
 def _expect(

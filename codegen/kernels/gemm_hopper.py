@@ -41,6 +41,7 @@ class Schedule:
     parts: int
 
 
+@functools.lru_cache(maxsize=4096)
 def schedule(tokens: int, channels: int, k_tiles: int, tile: Tile, sm_count: int) -> Schedule:
     """Deal the tiles of y to one block per SM; cut those of the last wave if that fills it.
 
@@ -58,20 +59,23 @@ def schedule(tokens: int, channels: int, k_tiles: int, tile: Tile, sm_count: int
 def start(kernel: Launch, call: GemmCall, y: torch.Tensor) -> None:
     """Launch on checked tensors, see GemmCall; `y` has at least one element."""
     tile, device = kernel.tile, call.xq.device
-    channels, k_tiles = call.channel_scale.shape[0], ceil_div(call.xq.shape[-1], GROUP)
-    plan = schedule(call.tokens, channels, k_tiles, tile, _sm_count(device))
+    tokens, features = call.tokens, call.spec.in_features
+    channels, k_tiles = call.spec.out_features, ceil_div(features, GROUP)
+    plan = schedule(tokens, channels, k_tiles, tile, _sm_count(device))
     block_m, block_n, rows = tile["BLOCK_M"], tile["BLOCK_N"], tile["ROWS"]
-    flat = (call.tokens, -1)
-    w = _descriptor(call.qweight.view(-1, LINE), [block_n * GROUP // 2 // LINE, LINE])
-    out = _descriptor(y.view(flat), [block_m, block_n // 2 if call.spec.glu else block_n])
+    lines, width = call.qweight.numel() // LINE, y.shape[-1]
+    w = descriptor(call.qweight, (lines, LINE), (block_n * GROUP // 2 // LINE, LINE))
+    out = descriptor(y, (tokens, width), (block_m, block_n // 2 if call.spec.glu else block_n))
     grouped = call.spec.group_size == GROUP
     kernel(
         (plan.blocks,),
-        _descriptor(call.xq.view(flat), [block_m, LINE]),
+        descriptor(call.xq, (tokens, features), (block_m, LINE)),
         w,
-        _descriptor(call.word, [1, block_n]) if grouped else w,
+        descriptor(call.word, (k_tiles, channels), (1, block_n)) if grouped else w,
         out,
-        out if call.residual is None else _descriptor(call.residual.view(flat), [block_m, block_n]),
+        out
+        if call.residual is None
+        else descriptor(call.residual, (tokens, channels), (block_m, block_n)),
         call.token_scale,
         call.token_sum,
         call.channel_scale,
@@ -79,7 +83,7 @@ def start(kernel: Launch, call: GemmCall, y: torch.Tensor) -> None:
         call.channel_scale if call.bias is None else call.bias,
         _workspace(plan.cut * plan.parts * rows * block_n * block_m, call.token_sum),
         zeroed_counters(device, plan.cut * rows) if plan.cut else call.token_sum,
-        call.tokens,
+        tokens,
         channels,
         k_tiles,
         _early(device),
@@ -101,14 +105,32 @@ def _early(device: torch.device) -> int:
     return int(device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-def _descriptor(tensor: torch.Tensor, box: list[int]) -> Any:
-    """What TMA needs to copy boxes of a contiguous matrix. It wants bases of 16 bytes."""
+def descriptor(tensor: torch.Tensor, shape: tuple[int, int], box: tuple[int, int]) -> Any:
+    """What TMA needs to copy boxes of a contiguous tensor, taken as a matrix of `shape`.
+
+    Raises AssertionError for what TMA cannot copy, as Triton's TensorDescriptor does.
+    """
     if tensor.data_ptr() % 16:
-        tensor = tensor.clone()
-    layout = gl.NVMMASharedLayout.get_default_for(box, _GLUON_DTYPES[tensor.dtype])
+        tensor = tensor.clone()  # TMA wants bases of 16 bytes
+    described = object.__new__(TensorDescriptor)
+    vars(described).update(_fields_of(tensor.dtype, shape, box), base=tensor)
+    return described
+
+
+@functools.lru_cache(maxsize=4096)
+def _fields_of(dtype: torch.dtype, shape: tuple[int, int], box: tuple[int, int]) -> dict[str, Any]:
+    """The fields of a descriptor that Triton has checked, which takes longer than all else.
+
+    A meta tensor, whose address is 0, stands for the tensor.
+    """
+    rows, columns = shape
+    layout = gl.NVMMASharedLayout.get_default_for(list(box), _GLUON_DTYPES[dtype])
+    base = torch.empty(shape, dtype=dtype, device="meta")
     # not the tensor's own strides: that of an axis of size 1 may be anything
-    rows, columns = tensor.shape
-    return TensorDescriptor(tensor, [rows, columns], [columns, 1], box, layout)
+    fields: dict[str, Any] = vars(
+        TensorDescriptor(base, [rows, columns], [columns, 1], list(box), layout)
+    )
+    return fields
 
 
 @functools.cache

@@ -59,22 +59,7 @@ class GemmTrial(TwinTrial):
 
     def expected(self) -> tuple[torch.Tensor, ...]:
         """The op's definition, for the compared rows."""
-        call, keep = self._calls[0], self._compared()
-        residual = None if call.residual is None else call.residual[keep]
-        parts = []
-        for first in range(0, max(call.spec.out_features, 1), CHUNK):
-            some = slice(first, min(first + CHUNK, call.spec.out_features))
-            w8 = expand_int8(rows(call.packed(), some.start, some.stop))
-            x, scale, dtype = call.xq[keep], call.token_scale[keep], call.spec.dtype
-            bias = None if call.bias is None else call.bias[some]
-            if call.spec.glu:
-                parts.append(int8_glu(x, scale, w8, call.channel_scale[some], bias, dtype))
-            else:
-                added = None if residual is None else residual[:, some]
-                parts.append(
-                    int8_linear(x, scale, w8, call.channel_scale[some], bias, added, dtype)
-                )
-        return (torch.cat(parts, 1),)
+        return (definition(self._calls[0], self._compared()),)
 
     def sample(self, result: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The compared rows of a result."""
@@ -86,6 +71,23 @@ class GemmTrial(TwinTrial):
         # in int64: linspace in fp32 would round the last row of a long batch
         steps = torch.arange(count, device=call.xq.device)
         return steps * max(call.tokens - 1, 0) // max(count - 1, 1)
+
+
+def definition(call: GemmCall, keep: torch.Tensor) -> torch.Tensor:
+    """What the op's definition gives for the tokens `keep` of a call, made of 2-d tensors."""
+    residual = None if call.residual is None else call.residual[keep]
+    parts = []
+    for first in range(0, max(call.spec.out_features, 1), CHUNK):
+        some = slice(first, min(first + CHUNK, call.spec.out_features))
+        w8 = expand_int8(rows(call.packed(), some.start, some.stop))
+        x, scale, dtype = call.xq[keep], call.token_scale[keep], call.spec.dtype
+        bias = None if call.bias is None else call.bias[some]
+        if call.spec.glu:
+            parts.append(int8_glu(x, scale, w8, call.channel_scale[some], bias, dtype))
+        else:
+            added = None if residual is None else residual[:, some]
+            parts.append(int8_linear(x, scale, w8, call.channel_scale[some], bias, added, dtype))
+    return torch.cat(parts, 1)
 
 
 def trial_with(start: Start) -> Callable[[LinearSpec, int, torch.device], GemmTrial]:

@@ -8,8 +8,10 @@ from typing import cast
 
 import torch
 
+from qoqc.codegen.facts import by_facts
 from qoqc.codegen.family import Launch, TwinTrial
 from qoqc.codegen.kernels.pieces import check_device
+from qoqc.codegen.kernels.token_rows import empty_like, empty_quantized
 from qoqc.ir.glue import NORM_KINDS, NormKind, norm_quant
 from qoqc.ir.spec import OUTPUT_DTYPES
 
@@ -55,20 +57,13 @@ class NormCall:
         """The rows M."""
         return self.x.shape[:-1].numel()
 
-    def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` as [M, K] with neighbouring channels; copied if its strides do not allow that."""
-        flat = x.reshape(-1, self.spec.features)
-        return flat if flat.stride(1) == 1 else flat.contiguous()
-
     def empty_outputs(self) -> Outputs:
         """Room for the results, contiguous."""
         x, spec = self.x, self.spec
         return (
-            torch.empty(x.shape, dtype=torch.int8, device=x.device),
-            torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device),
-            torch.empty(x.shape[:-1], dtype=torch.int32, device=x.device),
-            torch.empty(x.shape if spec.has_residual else 0, dtype=x.dtype, device=x.device),
-            torch.empty(x.shape if spec.keep else 0, dtype=x.dtype, device=x.device),
+            *empty_quantized(x),
+            empty_like(x, x.dtype) if spec.has_residual else x.new_empty(0),
+            empty_like(x, x.dtype) if spec.keep else x.new_empty(0),
         )
 
 
@@ -84,6 +79,26 @@ def call_of(
     keep: bool,
 ) -> NormCall:
     """The checked call; ValueError for what the kernel does not take."""
+    spec = _checked_spec(
+        x, residual, weight, bias, cast("NormKind", kind), eps, offset, round_first, keep
+    )  # fmt: skip
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    return NormCall(x, residual, weight, bias, spec)
+
+
+@by_facts
+def _checked_spec(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    kind: NormKind,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    keep: bool,
+) -> NormSpec:
     if x.dtype not in OUTPUT_DTYPES or x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(
             f"norm_quant: x must be bfloat16, float16 or float32 with at least one channel, "
@@ -104,10 +119,10 @@ def call_of(
                 f"norm_quant: {name} must be {x.dtype} {tuple(shape)} as x is, "
                 f"got {tensor.dtype} {tuple(tensor.shape)}"
             )
-    spec = NormSpec(
+    return NormSpec(
         x.shape[-1],
         x.dtype,
-        cast("NormKind", kind),
+        kind,
         eps,
         offset,
         round_first,
@@ -116,9 +131,6 @@ def call_of(
         bias is not None,
         keep,
     )
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    return NormCall(x, residual, weight, bias, spec)
 
 
 class NormTrial(TwinTrial):

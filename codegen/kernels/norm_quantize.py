@@ -26,6 +26,7 @@ from qoqc.codegen.kernels.quantize import (
     magnitude_bits,
     quantize_block,
 )
+from qoqc.codegen.kernels.token_rows import rows_of
 from qoqc.quant.pack import ceil_div
 from qoqc.runtime.device import DeviceKey
 
@@ -214,14 +215,14 @@ def start(kernel: Launch, call: NormCall, outputs: Outputs) -> None:
     tokens = call.tokens
     if not tokens:
         return
-    x = call.rows(call.x)
-    residual = x if call.residual is None else call.rows(call.residual)
+    x, stride = rows_of(call.x)
+    residual, residual_stride = (x, stride) if call.residual is None else rows_of(call.residual)
     kernel(
         (ceil_div(tokens, kernel.tile["ROWS"]),),
         x,
-        x.stride(0),
+        stride,
         residual,
-        residual.stride(0),
+        residual_stride,
         x if call.weight is None else call.weight,
         x if call.bias is None else call.bias,
         *outputs,

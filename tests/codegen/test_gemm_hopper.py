@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qoqc.codegen.build import build
 from qoqc.codegen.family import Tile
 from qoqc.codegen.kernels.gemm import GemmCall, call_of, launch
 from qoqc.codegen.kernels.gemm_forms import GEMM
-from qoqc.codegen.kernels.gemm_hopper import schedule
+from qoqc.codegen.kernels.gemm_hopper import descriptor, schedule
 from qoqc.codegen.kernels.gemm_hopper_tiles import (
     GEMM_HOPPER,
     candidates,
@@ -33,6 +35,38 @@ H200 = DeviceKey("NVIDIA H200", 90, 132, 232448)
 A100 = DeviceKey("NVIDIA A100", 80, 108, 166912)
 SPEC = LinearSpec(4096, 4096, 128, torch.bfloat16)
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (1536, 2048), (8, 16)]
+
+
+def test_descriptors_are_those_that_triton_makes() -> None:
+    first, second = torch.zeros(2, 3, 5, 256), torch.ones(2, 3, 5, 256)
+    for x, kind in (
+        (first.char(), gl.int8),
+        (second.bfloat16(), gl.bfloat16),
+        (first.char(), gl.int8),
+    ):
+        got = descriptor(x, (30, 256), (8, 128))
+        layout = gl.NVMMASharedLayout.get_default_for([8, 128], kind)
+        want = vars(TensorDescriptor(x, [30, 256], [256, 1], [8, 128], layout))
+        assert type(got) is TensorDescriptor
+        assert {**vars(got), "base": None} == {**want, "base": None}
+        assert got.base is x
+
+
+def test_a_descriptor_of_an_odd_address_is_of_a_copy() -> None:
+    x = torch.arange(65, dtype=torch.int32)[1:]
+    got = descriptor(x, (1, 64), (1, 32))
+    assert got.base.data_ptr() % 16 == 0
+    assert torch.equal(got.base, x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "box"), [((0, 64), (1, 32)), ((4, 5), (1, 32)), ((4, 64), (3, 32))]
+)
+def test_what_tma_cannot_copy_is_refused(shape: tuple[int, int], box: tuple[int, int]) -> None:
+    x = torch.zeros(shape, dtype=torch.int8)
+    for _ in range(2):
+        with pytest.raises((AssertionError, ValueError)):
+            descriptor(x, shape, box)
 
 
 def cut_tile(split: int, block_m: int = 16) -> Tile:
