@@ -20,6 +20,7 @@ from qoqc.codegen.kernels.act_quantize import ACT_QUANTIZE
 from qoqc.codegen.kernels.attention_combine import ATTENTION_COMBINE
 from qoqc.codegen.kernels.attention_decode import ATTENTION_DECODE
 from qoqc.codegen.kernels.attention_prefill import ATTENTION_PREFILL
+from qoqc.codegen.kernels.few_linear import FEW
 from qoqc.codegen.kernels.gemm_forms import GEMM
 from qoqc.codegen.kernels.kv_append import KV_APPEND
 from qoqc.codegen.kernels.kv_round import KV_ROUND
@@ -31,6 +32,7 @@ from qoqc.codegen.specialize import literal, specialize
 from qoqc.config import private_cache_dir
 from qoqc.ir.spec import to_json
 from qoqc.log import dump, get_logger
+from qoqc.runtime.device import DeviceKey
 
 log = get_logger("codegen")
 
@@ -41,6 +43,7 @@ OPS: dict[str, Op] = {
         single(NORM_QUANTIZE),
         single(ACT_QUANTIZE),
         GEMM,
+        FEW,
         single(KV_APPEND),
         single(KV_ROTATE_APPEND),
         single(KV_ROUND),
@@ -56,6 +59,11 @@ OPS: dict[str, Op] = {
 FAMILIES: dict[str, Family] = {form.name: form for op in OPS.values() for form in op.forms}
 
 _BUILT: dict[tuple[str, Any, Tile, Path], Kernel] = {}
+
+
+def runs(name: str, spec: Any, device: DeviceKey) -> bool:
+    """Whether a form of the op `name` takes `spec` on `device`."""
+    return bool(OPS[name].usable(spec, device))
 
 
 def build(family: Family, spec: Any, tile: Tile) -> Kernel:

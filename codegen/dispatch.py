@@ -5,16 +5,17 @@ The functions also take CPU tensors where Triton interprets (TRITON_INTERPRET=1)
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 import triton
 from torch import Tensor
 
-from qoqc.codegen.build import OPS, build, dump_kernels
+from qoqc.codegen.build import OPS, build, dump_kernels, runs
 from qoqc.codegen.family import Kernel, Op
 from qoqc.codegen.kernels import (
     act_quantize,
@@ -22,6 +23,7 @@ from qoqc.codegen.kernels import (
     attention_combine,
     attention_decode,
     attention_prefill,
+    few_call,
     gemm,
     kv_append,
     kv_round,
@@ -41,6 +43,7 @@ _DUMP: str | None = None
 _KERNELS: dict[tuple[Any, ...], Kernel] = {}
 _INSTALLED: list[torch.library.Library] = []
 _LOCK = threading.Lock()
+_HERE = contextlib.nullcontext()
 
 
 def install(mode: choose.Mode = "heuristic", dump: str | None = None) -> None:
@@ -93,7 +96,7 @@ def kernel_for(op: Op, spec: Any, size: int, device: torch.device) -> Kernel:
 def quantize_act(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """qoqc::quantize_act by a generated kernel."""
     spec = quantize.spec_of(x)
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         kernel = kernel_for(OPS["quantize"], spec, _tokens(x), x.device)
         return quantize.launch(kernel, x)
 
@@ -113,7 +116,7 @@ def norm_quant(
     call = norm_call.call_of(
         x, residual, weight, bias, kind, eps, offset, round_first, keep
     )  # fmt: skip
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         kernel = kernel_for(OPS["norm_quantize"], call.spec, call.tokens, x.device)
         return norm_quantize.launch(kernel, call)
 
@@ -121,7 +124,7 @@ def norm_quant(
 def act_quant(gate: Tensor, up: Tensor | None, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """qoqc::act_quant by a generated kernel."""
     spec = act_quantize.spec_of(gate, up, kind)
-    with torch.cuda.device_of(gate):
+    with _device_of(gate):
         kernel = kernel_for(OPS["act_quantize"], spec, _tokens(gate), gate.device)
         return act_quantize.launch(kernel, gate, up)
 
@@ -143,7 +146,7 @@ def w4a8_linear(
         xq, token_scale, token_sum, qweight, channel_scale, group_word, channel_zero, bias,
         residual, dtype,
     )  # fmt: skip
-    with torch.cuda.device_of(xq):
+    with _device_of(xq):
         kernel = kernel_for(OPS["w4a8_linear"], call.spec, call.tokens, xq.device)
         return gemm.launch(kernel, call)
 
@@ -164,9 +167,74 @@ def w4a8_glu(
         xq, token_scale, token_sum, qweight, channel_scale, group_word, channel_zero, bias,
         None, dtype, glu=True,
     )  # fmt: skip
-    with torch.cuda.device_of(xq):
+    with _device_of(xq):
         kernel = kernel_for(OPS["w4a8_linear"], call.spec, call.tokens, xq.device)
         return gemm.launch(kernel, call)
+
+
+def quant_linear(
+    x: Tensor,
+    qweight: Tensor,
+    channel_scale: Tensor,
+    group_word: Tensor | None,
+    channel_zero: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    glu: bool,
+) -> Tensor:
+    """qoqc::quant_linear in one launch for few tokens, else in those of its two parts."""
+    weight = (qweight, channel_scale, group_word, channel_zero, bias, residual, dtype, glu)
+    if few_call.takes(x, dtype):
+        few = _few_linear(few_call.call_of(x, None, *weight))
+        if few is not None:
+            return few[0]
+    return _linear_of(quantize_act(x), *weight)
+
+
+def norm_linear(
+    x: Tensor,
+    norm_residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    kind: str,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    keep: bool,
+    *weight: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qoqc::norm_linear in one launch for few tokens, else in those of its two parts.
+
+    weight  what quant_linear takes after x
+    """
+    norm = (x, norm_residual, norm_weight, norm_bias, kind, eps, offset, round_first, keep)
+    *_, dtype, _ = weight
+    if few_call.takes(x, dtype):
+        few = _few_linear(few_call.call_of(x, norm_call.call_of(*norm), *weight))
+        if few is not None:
+            return few
+    *parts, total, normed = norm_quant(*norm)
+    return _linear_of(parts, *weight), total, normed
+
+
+def _few_linear(call: few_call.FewCall) -> few_call.Outputs | None:
+    """The outputs by one kernel, or None where no form of it runs."""
+    device = call.x.device
+    if not _runs(few_call.OP, call.spec, device):
+        return None
+    with _device_of(call.x):
+        kernel = kernel_for(OPS[few_call.OP], call.spec, call.tokens, device)
+        return few_call.launch(kernel, call)
+
+
+def _linear_of(parts: Sequence[Tensor], *weight: Any) -> Tensor:
+    """The linear of quantized tokens; `weight` as quant_linear takes it."""
+    *tensors, residual, dtype, glu = weight
+    if glu:
+        gemm.check_glu(tensors[1], residual)
+    arguments: Any = (*parts, *tensors, dtype) if glu else (*parts, *tensors, residual, dtype)
+    return w4a8_glu(*arguments) if glu else w4a8_linear(*arguments)
 
 
 def kv4_append(
@@ -181,7 +249,7 @@ def kv4_append(
 ) -> None:
     """qoqc::kv4_append by a generated kernel; tokens beyond the block table are dropped."""
     spec = kv_append.spec_of(k_pages, v_pages, kv_words, block_table, start, k, v, bits)
-    with torch.cuda.device_of(k):
+    with _device_of(k):
         kernel = kernel_for(OPS["kv_append"], spec, k.shape[2], k.device)
         kv_append.launch(kernel, k_pages, v_pages, kv_words, block_table, start, k, v)
 
@@ -190,7 +258,7 @@ def kv4_rotate_append(*args: Any) -> tuple[Tensor, Tensor]:
     """qoqc::kv4_rotate_append by a generated kernel; no token beyond the block table is written."""
     call = rotate_append_call.Append(*args)
     spec = rotate_append_call.spec_of(call)
-    with torch.cuda.device_of(call.q):
+    with _device_of(call.q):
         kernel = kernel_for(OPS["kv_rotate_append"], spec, call.q.shape[2], call.q.device)
         return rotate_append_call.launch(kernel, call)
 
@@ -198,7 +266,7 @@ def kv4_rotate_append(*args: Any) -> tuple[Tensor, Tensor]:
 def kv4_round(x: Tensor, bits: Literal[4, 8]) -> Tensor:
     """qoqc::kv4_round by a generated kernel."""
     spec = kv_round.spec_of(x, bits)
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         return kv_round.launch(kernel_for(OPS["kv_round"], spec, _tokens(x), x.device), x)
 
 
@@ -228,7 +296,7 @@ def kv4_attention(
     )  # fmt: skip
     spec = attention.spec_of(call, bits, causal)
     seq, device = q.shape[2], q.device
-    with torch.cuda.device_of(q):
+    with _device_of(q):
         if call.rows > attention_decode.MAX_ROWS or spec.has_softcap or spec.has_sinks:
             kernel = kernel_for(OPS["attention_prefill"], spec, seq, device)
             return attention_prefill.launch(kernel, call)
@@ -245,7 +313,7 @@ def kv4_decode(*args: Any) -> Tensor:
     if step.mask is not None and step.mask.dim() == 4 and step.mask.shape[1] != 1:
         return _decode_apart(step)
     spec, device = step_spec.spec_of(step), step.q.device
-    with torch.cuda.device_of(step.q):
+    with _device_of(step.q):
         append = kernel_for(OPS["step_append"], spec, step.batch, device)
         attend = kernel_for(OPS["step_attend"], spec, step.batch, device)
         combine = None
@@ -268,9 +336,22 @@ def _decode_apart(step: step_spec.Step) -> Tensor:
     )
 
 
+def _device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """The device of `x` made the current one; nothing, in a tenth of the time, where it is."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device_of(x)
+
+
 @functools.cache
 def _sm_count(device: torch.device) -> int:
     return device_key(device).sm_count
+
+
+@functools.cache
+def _runs(name: str, spec: Any, device: torch.device) -> bool:
+    """Whether a form of an op takes the spec there."""
+    return runs(name, spec, device_key(device))
 
 
 def _tokens(x: Tensor) -> int:
@@ -283,6 +364,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "act_quant": act_quant,
     "w4a8_linear": w4a8_linear,
     "w4a8_glu": w4a8_glu,
+    "quant_linear": quant_linear,
+    "norm_linear": norm_linear,
     "kv4_append": kv4_append,
     "kv4_rotate_append": kv4_rotate_append,
     "kv4_round": kv4_round,

@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qoqc.codegen import dispatch
+from qoqc.codegen.pair import pair
 from qoqc.config import Options
 from qoqc.ir import glue, ops, reference
 from qoqc.quant.activation import quantize_act
@@ -33,7 +34,8 @@ def lower(
 ) -> int:
     """Lower `gm` in place for `device`; returns how many nodes changed.
 
-    CUDA  the ops keep their names; Triton kernels are registered behind them.
+    CUDA  Triton kernels are registered behind the ops, and a quantizer and its only linear become
+          one op, which few tokens take in one launch.
     CPU   the quantizing ops and the linears become calls of their definitions, which Inductor
           traces into: norms, activations, scales and rounding fuse into loops, and the GEMM is
           torch's int8 one. Level 2 of the weights is expanded once for it, which costs twice the
@@ -41,7 +43,7 @@ def lower(
     """
     if device.type == "cuda":
         dispatch.install(options.tune, options.dump)
-        return 0
+        return pair(gm)
     return _inline_quantizers(gm) + _expand_weights(gm, bound)
 
 

@@ -12,6 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from qoqc.bench.measure import System
 from qoqc.codegen.build import OPS
+from qoqc.codegen.kernels.few_linear import FEW
+from qoqc.codegen.kernels.gemm_forms import GEMM
 
 STEPS = 16
 """Steps looked at."""
@@ -122,10 +124,13 @@ class _Window(BaseStreamer):
 
 
 def group_of(kernel: str) -> str:
-    """The group of a kernel: the qoqc op it computes, or what else it is known to be."""
+    """The group of a kernel: the qoqc op it computes, or what else it is known to be.
+
+    A linear that quantizes its token itself is among the linears: their bytes are its limit.
+    """
     for op in OPS.values():
         if any(kernel == form.template.fn.__name__ for form in op.forms):
-            return op.name
+            return GEMM.name if op is FEW else op.name
     lower = kernel.lower()
     if lower.startswith("triton_"):
         return "inductor"

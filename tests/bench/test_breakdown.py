@@ -48,7 +48,9 @@ def test_groups(kernel: str, group: str) -> None:
 def test_every_kernel_of_ours_has_its_ops_group() -> None:
     for op in OPS.values():
         for form in op.forms:
-            assert group_of(form.template.fn.__name__) == op.name
+            # a linear that quantizes its token itself is a linear
+            group = "w4a8_linear" if op.name == "few_linear" else op.name
+            assert group_of(form.template.fn.__name__) == group
 
 
 def test_overlapping_kernels_count_once_in_the_busy_time() -> None:

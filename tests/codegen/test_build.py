@@ -15,6 +15,8 @@ from qoqc.codegen import build as building
 from qoqc.codegen.build import FAMILIES, build, built_kernels, dump_kernels, generate
 from qoqc.codegen.family import Family, Tile
 from qoqc.codegen.kernels.act_quantize import ACT_QUANTIZE, ActSpec
+from qoqc.codegen.kernels.few_call import FewSpec
+from qoqc.codegen.kernels.few_linear import FEW_LINEAR
 from qoqc.codegen.kernels.gemm_hopper_tiles import GEMM_HOPPER
 from qoqc.codegen.kernels.gemm_plain import GEMM_PLAIN
 from qoqc.codegen.kernels.gemm_ways import GEMM_WAYS
@@ -61,6 +63,21 @@ GOLDENS: dict[str, tuple[Family, object, int, DeviceKey]] = {
         GEMM_HOPPER,
         LinearSpec(4096, 28672, -1, torch.float16, has_bias=True, has_residual=True),
         4096,
+        H200,
+    ),
+    "few_linear_norm_glu": (
+        FEW_LINEAR,
+        FewSpec(
+            LinearSpec(4096, 28672, 128, torch.bfloat16, glu=True),
+            NormSpec(4096, torch.bfloat16, round_first=True, has_residual=True),
+        ),
+        1,
+        H200,
+    ),
+    "few_linear_per_channel": (
+        FEW_LINEAR,
+        FewSpec(LinearSpec(14336, 4096, -1, torch.float16, has_bias=True, has_residual=True)),
+        1,
         H200,
     ),
     "gemm_tails_interpreted": (
@@ -172,9 +189,10 @@ def test_generated_files_import_nothing_else(name: str) -> None:
     further = [n.module for n in imports[3:] if isinstance(n, ast.ImportFrom)]
     assert len(further) == len(imports) - 3
     assert all(str(module).startswith("triton.") for module in further)
-    # warp groups and TMA are Gluon's; the kernels around a GEMM start while it ends
-    assert any("gluon" in str(module) for module in further) == ("hopper" in name)
-    assert bool(further) == ("hopper" in name or "quantize" in name)
+    # layouts, warp groups and TMA are Gluon's; the kernels around a GEMM start while it ends
+    in_gluon = "hopper" in name or "few" in name
+    assert any("gluon" in str(module) for module in further) == in_gluon
+    assert bool(further) == (in_gluon or "quantize" in name)
 
 
 @pytest.mark.parametrize(

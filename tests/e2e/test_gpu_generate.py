@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qoqc
 from qoqc.codegen import dispatch
+from qoqc.codegen.kernels import few_linear
 from qoqc.decode.probe import probe_kv
 
 TOKENS = 200
@@ -147,11 +148,9 @@ def test_every_op_of_a_generation_equals_its_reference(
     _generate(model, _prompt(model_dir, PROMPTS[0]), 20)
     layers = model.config.num_hidden_layers
     # 20 forwards of 4 linears, which read two norms, attention's output and silu(gate) * up;
-    # the first is a prefill
-    assert calls["w4a8_linear"] == 20 * 3 * layers
-    assert calls["w4a8_glu"] == 20 * layers
-    assert calls["norm_quant"] == 20 * 2 * layers
-    assert calls["quantize_act"] == 20 * 2 * layers
+    # the first is a prefill, which takes two kernels for each of them, a step takes one
+    assert calls["norm_linear"] == 20 * 2 * layers
+    assert calls["quant_linear"] == 20 * 2 * layers
     assert calls["kv4_rotate_append"] == layers
     assert calls["kv4_decode"] == 19 * layers
 
@@ -179,6 +178,15 @@ def _checked(
             # silu and then the product may each fall to the other side of a border of rounding
             tolerance = 2 * torch.finfo(result.dtype).eps + 1e-5
             torch.testing.assert_close(result.cpu(), wanted, rtol=tolerance, atol=1e-30)
+            return result
+        if name == "norm_linear":
+            # an integer at a border of rounding moves a sum by one of its many terms
+            largest = wanted[0].abs().max().item()
+            torch.testing.assert_close(
+                result[0].cpu(), wanted[0], rtol=0.0, atol=few_linear.TOLERANCE * largest
+            )
+            assert torch.equal(result[1].cpu(), wanted[1]), "the residual sum"
+            assert result[2].shape == wanted[2].shape
             return result
         if name in ("norm_quant", "act_quant"):
             dtype = args[0].dtype
