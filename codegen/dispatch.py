@@ -308,15 +308,19 @@ def kv4_attention(
 
 
 def kv4_decode(*args: Any) -> Tensor:
-    """qoqc::kv4_decode in two launches, or three where sequences have many parts to add up."""
+    """qoqc::kv4_decode in one launch, two where sequences have many parts to add up.
+
+    One more where the tile of step_attend says that its token is put in by a kernel before it.
+    """
     step = step_spec.Step(*args)
     if step.mask is not None and step.mask.dim() == 4 and step.mask.shape[1] != 1:
         return _decode_apart(step)
     spec, device = step_spec.spec_of(step), step.q.device
     with _device_of(step.q):
-        append = kernel_for(OPS["step_append"], spec, step.batch, device)
         attend = kernel_for(OPS["step_attend"], spec, step.batch, device)
-        combine = None
+        append = combine = None
+        if not attend.tile["FUSED"]:
+            append = kernel_for(OPS["step_append"], spec, step.batch, device)
         if not step_call.meets(spec, step.batch):
             combine = kernel_for(OPS["step_combine"], spec, step.batch, device)
         slots = step_call.slots_of(device, attend.tile)

@@ -1,9 +1,10 @@
 """The newest token of each sequence: turn q and k, quantize k and v, put them into their page.
 
-q [B, Hq, 1, Dk] -> q_out [B, Hq, Dk]; k, v [B, H, 1, D] -> the pages at position length[b], of
-which `cached` int32 [B] gets a copy: step_attend.py counts the token while blocks still need it.
-Definitions: ir/rotary.py, quant/kv.py. A key, a value and their queries are three blocks each of
-one (sequence, KV head): one after the other they would wait for memory three times.
+The first of two launches, for tiles of step_attend.py with FUSED = 0.
+q [B, Hq, 1, Dk] -> q_out [B, Hq, Dk]; k, v [B, H, 1, D] -> the pages at position length[b]; the
+kernel that adds up parts counts it. Definitions: ir/rotary.py, quant/kv.py. A key, a value and
+their queries are three blocks each of one (sequence, KV head): one after the other they would wait
+for memory three times.
 
 For TINY_CODES (pieces_kv.py) q_out is fp16: a power of two times the queries, which is the same for
 those of a KV head and which q_unit [B, Hkv] undoes, less TINY_STEP in the second half of channels;
@@ -16,41 +17,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qoqc.codegen.kernels.kv_append import codes_of, extent, grid_of, put_keys
+from qoqc.codegen.kernels.kv_append import put_keys
 from qoqc.codegen.kernels.pieces_kv import TINY, TINY_STEP, octave_of, power_of_two, tiny_order
 from qoqc.codegen.kernels.pieces_rotary import NO_ROTARY, prepared
-
-
-@triton.jit
-def put_value(
-    x, fits, v_page, words, slot,
-    V_DIM: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Quantize the value at x [Dv] into `slot` of a page if it fits."""
-    HALF: tl.constexpr = 32
-    TOP: tl.constexpr = 15.0 if BITS == 4 else 255.0
-    d = tl.arange(0, BLOCK_V)[None, :]
-    in_d = d < V_DIM
-    live = in_d & fits
-    x = tl.load(x + d, mask=in_d, other=0.0).to(tl.float32)
-    if BITS == 4:
-        # a byte holds the tokens of slots j and j + 32
-        target = v_page + d * (8 * BITS) + slot % HALF
-        old = tl.load(target, mask=live, other=0).to(tl.int32)
-        least, most, broken = extent(x, in_d)
-        low, inverse, word = grid_of(least, most, broken, TOP)
-        codes = codes_of(x, low, inverse, TOP)
-        codes = tl.where(slot < HALF, codes | (old & 240), (codes << 4) | (old & 15))
-    else:
-        target = v_page + d * (8 * BITS) + slot
-        least, most, broken = extent(x, in_d)
-        low, inverse, word = grid_of(least, most, broken, TOP)
-        codes = codes_of(x, low, inverse, TOP)
-    tl.store(target, codes.to(tl.uint8), mask=live)
-    one = tl.arange(0, 1)
-    tl.store(words + 2 * HALF + slot + one, word, mask=fits & (one == 0))
+from qoqc.codegen.kernels.step_token import put_value, value_bytes
 
 
 @triton.jit(
@@ -69,7 +39,6 @@ def step_append(
     table_ptr, table_stride,
     length_ptr, length_stride,
     q_out_ptr, q_sum_ptr, q_unit_ptr,
-    cached_ptr,
     eps,
     pages,
     HEADS: tl.constexpr,
@@ -92,7 +61,7 @@ def step_append(
 ):  # fmt: skip
     """Of (sequence, KV head) `program_id(0)` the queries, the key or the value: `program_id(1)`.
 
-    A token without room is not written, and -1 in `cached`.
+    A token without room is not written.
     """
     HALF: tl.constexpr = 32
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -165,7 +134,8 @@ def step_append(
             )
         else:
             v_page = v_pages_ptr + page_head * (V_DIM * 8 * BITS)
-            v_row = v_ptr + b * v_stride_b + h * v_stride_h
-            put_value(v_row, fits, v_page, words, slot, V_DIM, BITS, BLOCK_V)
-            if h == 0:
-                tl.store(cached_ptr + b, tl.where(fits, position, -1))
+            d = tl.arange(0, BLOCK_V)[None, :]
+            v_row = v_ptr + b * v_stride_b + h * v_stride_h + d
+            v = tl.load(v_row, mask=d < V_DIM, other=0.0).to(tl.float32)
+            target, old = value_bytes(v_page, slot, fits, V_DIM, BITS, BLOCK_V)
+            put_value(v, old, target, words, slot, fits, V_DIM, BITS, BLOCK_V)

@@ -1,4 +1,4 @@
-"""The launches of a decode step: append, attend and, for few sequences, combine."""
+"""The launches of a decode step: attend, for few sequences combine, where not fused append."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ MEETING = 96
 
 
 def launch(
-    append: Launch, attend: Launch, combine: Launch | None, step: Step, slots: int
+    append: Launch | None, attend: Launch, combine: Launch | None, step: Step, slots: int
 ) -> torch.Tensor:
-    """Append and attend: the output [B, Hq, 1, Dv]; step.length counts the new tokens.
+    """The output [B, Hq, 1, Dv]; step.length counts the new tokens.
 
+    append   turns q and puts the new token in; None: `attend` does, its tile has FUSED
     combine  adds up parts in a launch of its own; None: the last worker of each sequence and head
     slots    workers the device holds at a time
     The grids follow from shapes alone, so the call can be captured in a CUDA graph.
@@ -36,42 +37,52 @@ def launch(
     if out.numel() == 0:
         step.length.add_(1)
         return out
-    prepared = start_append(append, step)
+    turned = None if append is None else start_append(append, step)
     kv_heads, pages = step.k_pages.shape[1], step.block_table.shape[1]
     part, stat = parts_for(step, grid_for(batch, kv_heads, pages, slots))
     counters = zeroed_counters(out.device, counters_for(batch, kv_heads))
-    start_attend(attend, step, prepared, out, part, stat, counters, meet=combine is None)
+    start_attend(attend, step, turned, out, part, stat, counters, meet=combine is None)
     if combine is not None:
-        start_combine(combine, part, stat, out, prepared[-1], pages)
+        start_combine(combine, part, stat, out, step.length, counters, pages)
     return out
 
 
 def start_append(kernel: Launch, step: Step) -> tuple[torch.Tensor, ...]:
-    """Launch `step_append`; what `step_attend` takes of it.
+    """Launch `step_append`: the turned queries [B, Hq, Dk], sums fp32 [B, Hq], units [B, Hkv]."""
+    batch, heads, _, k_dim = step.q.shape
+    is_tiny = takes_tiny(step.bits, k_dim, step.q.dtype, kernel.tile)
+    turned = step.q.new_empty(batch, heads, k_dim, dtype=torch.float16 if is_tiny else None)
+    sums = step.q.new_empty(batch, heads, dtype=torch.float32)
+    units = step.q.new_empty(batch, step.k.shape[1], dtype=torch.float32)
+    q = unit_stride(step.q)
+    kernel(
+        (batch * step.k.shape[1], 3), q, *q.stride()[:2], *_token(step), *_cache(step),
+        turned, sums, units, step.eps, step.block_table.shape[1],
+    )  # fmt: skip
+    return turned, sums, units
 
-    The turned queries [B, Hq, Dk], their sums fp32 [B, Hq], units fp32 [B, Hkv] and the lengths
-    int32 [B] before the step.
-    """
-    q, k, v = (unit_stride(x) for x in (step.q, step.k, step.v))
-    batch, heads, _, k_dim = q.shape
+
+def _token(step: Step) -> tuple[Any, ...]:
+    """The arguments of kernels for a new token, but for q: k and v, norm weights, angles."""
+    k, v = unit_stride(step.k), unit_stride(step.v)
     angles: list[Any] = []
     for x in (step.cos, step.sin):
-        x = q if x is None else unit_stride(x)
+        x = k if x is None else unit_stride(x)
         angles += [x, 0 if x.shape[0] == 1 else x.stride(0)]
-    is_tiny = takes_tiny(step.bits, k_dim, q.dtype, kernel.tile)
-    turned = q.new_empty(batch, heads, k_dim, dtype=torch.float16 if is_tiny else q.dtype)
-    sums = q.new_empty(batch, heads, dtype=torch.float32)
-    units = q.new_empty(batch, k.shape[1], dtype=torch.float32)
-    cached = q.new_empty(batch, dtype=torch.int32)
-    kernel(
-        (batch * k.shape[1], 3), q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2],
-        q if step.q_weight is None else step.q_weight,
-        q if step.k_weight is None else step.k_weight,
-        *angles, step.k_pages, step.v_pages, step.kv_words,
-        step.block_table, step.block_table.stride(0), step.length, step.length.stride(0),
-        turned, sums, units, cached, step.eps, step.block_table.shape[1],
+    return (
+        k, *k.stride()[:2], v, *v.stride()[:2],
+        k if step.q_weight is None else step.q_weight,
+        k if step.k_weight is None else step.k_weight,
+        *angles,
     )  # fmt: skip
-    return turned, sums, units, cached
+
+
+def _cache(step: Step) -> tuple[Any, ...]:
+    """The arguments of kernels for the cache."""
+    return (
+        step.k_pages, step.v_pages, step.kv_words,
+        step.block_table, step.block_table.stride(0), step.length, step.length.stride(0),
+    )  # fmt: skip
 
 
 def parts_for(step: Step, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +98,7 @@ def parts_for(step: Step, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
 def start_attend(
     kernel: Launch,
     step: Step,
-    prepared: tuple[torch.Tensor, ...],
+    turned: tuple[torch.Tensor, ...] | None,
     out: torch.Tensor,
     part: torch.Tensor,
     stat: torch.Tensor,
@@ -95,18 +106,20 @@ def start_attend(
     *,
     meet: bool,
 ) -> None:
-    """Launch `step_attend` for what `start_append` gives."""
-    q, sums, units, cached = prepared
+    """Launch `step_attend`, for what `start_append` gives or, with FUSED, for the step as it is."""
+    if turned is None:
+        q = sums = units = unit_stride(step.q)
+    else:
+        q, sums, units = turned
     mask: tuple[Any, ...] = (q, 0, 0)
     if step.mask is not None:
         bools = unit_stride(step.mask)
         stride = 0 if bools.shape[0] == 1 else bools.stride(0)
         mask = (bools.view(torch.uint8), stride, bools.shape[3])
     kernel(
-        (part.shape[0],), q, sums, units, step.k_pages, step.v_pages, step.kv_words,
-        step.block_table, step.block_table.stride(0), step.length, step.length.stride(0), cached,
-        *mask, q if step.sinks is None else step.sinks, out, part, stat, counters,
-        step.scale, step.softcap, step.batch, step.block_table.shape[1], int(meet),
+        (part.shape[0],), q, *q.stride()[:2], sums, units, *_token(step), *_cache(step), *mask,
+        q if step.sinks is None else step.sinks, out, part, stat, counters,
+        step.eps, step.scale, step.softcap, step.batch, step.block_table.shape[1], int(meet),
     )  # fmt: skip
 
 
@@ -115,14 +128,15 @@ def start_combine(
     part: torch.Tensor,
     stat: torch.Tensor,
     out: torch.Tensor,
-    cached: torch.Tensor,
+    length: torch.Tensor,
+    counters: torch.Tensor,
     pages: int,
 ) -> None:
     """Launch `step_combine` on what `step_attend` left."""
     batch, heads, _, v_dim = out.shape
     grid = (batch * heads, ceil_div(v_dim, kernel.tile["COLUMNS"]))
     workers = part.shape[0]
-    kernel(grid, part, stat, out, cached, batch, pages, workers)
+    kernel(grid, part, stat, out, length, length.stride(0), counters, batch, pages, workers)
 
 
 def meets(spec: StepSpec, batch: int) -> bool:

@@ -3,7 +3,7 @@
 part fp32 [workers, 2, group, Dv], stat fp32 [workers, 2, group, 2] (peak in log2, total) -> out [B,
 Hq, Dv]; of the two, the first is where a worker's run begins, the second where it ends. For few
 sequences of many parts: there one block per sequence and head would add up for longer than a launch
-takes.
+takes. It also counts the new tokens in `length`: its blocks are the last to read it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from triton.language.extra.cuda import gdc_wait
 from qoqc.codegen.kernels.pieces import round_to_bf16
 from qoqc.codegen.kernels.step_schedule import (
     all_pages,
+    arrive,
+    comes_last,
+    count_tokens,
+    length_of,
     owner_of,
-    pages_of,
+    pages_at,
     run_start,
     start_of,
     workers_for,
@@ -85,12 +89,14 @@ def combine_parts(
     tl.store(out + row[:, None] * V_DIM + d[None, :], result.to(KIND), mask=in_out)
 
 
-@triton.jit(do_not_specialize=["batch", "pages", "grid"])
+@triton.jit(do_not_specialize=["length_stride", "batch", "pages", "grid"])
 def step_combine(
     part_ptr,
     stat_ptr,
     out_ptr,
-    cached_ptr,
+    length_ptr,
+    length_stride,
+    counter_ptr,
     batch,
     pages,
     grid,
@@ -109,24 +115,30 @@ def step_combine(
     sequence = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     capacity = pages * 64
-    # before the wait: what step_append wrote was there before step_attend let this kernel start
-    total_pages, each = all_pages(cached_ptr, 1, batch, capacity, KV_HEADS)
+    # before the wait: step_attend leaves lengths alone, and all before it ended when it let this
+    # kernel start
+    total_pages, each = all_pages(length_ptr, length_stride, batch, capacity, KV_HEADS)
     workers = workers_for(total_pages, each, batch * KV_HEADS, grid, SHORT)
-    cached = tl.load(cached_ptr + sequence)
-    used = pages_of(cached_ptr, 1, sequence, batch, capacity)
+    length = length_of(length_ptr, length_stride, sequence, batch, capacity)
+    used = pages_at(length)
     begin = sequence * (each * KV_HEADS)
     if each == 0:
-        begin = start_of(sequence, cached_ptr, 1, batch, capacity, KV_HEADS)
+        begin = start_of(sequence, length_ptr, length_stride, batch, capacity, KV_HEADS)
     begin += head // GROUP * used
     first_worker = owner_of(begin, total_pages, workers)
     parts = owner_of(begin + used - 1, total_pages, workers) - first_worker + 1
     inside_run = run_start(first_worker, total_pages, workers) != begin
     if DEPENDENT:
         gdc_wait()
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    ticket = arrive(counter_ptr, program, total_pages > 0)
     if parts > 1:  # else the worker has written the output
         out = out_ptr + (sequence.to(tl.int64) * HEADS + head // GROUP * GROUP) * V_DIM
         combine_parts(
             part_ptr, stat_ptr, out, first_worker, inside_run, parts, head % GROUP,
-            tl.program_id(1) * COLUMNS, cached >= 0,
+            tl.program_id(1) * COLUMNS, length >= 0,
             GROUP, V_DIM, KIND, ROUND_BF16, 1, COLUMNS, AT_ONCE,
         )  # fmt: skip
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    if comes_last(counter_ptr, ticket, program, programs) != 0:
+        count_tokens(length_ptr, length_stride, batch)

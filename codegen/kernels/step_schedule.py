@@ -30,15 +30,27 @@ SHORTEST = 2
 
 
 @triton.jit
-def pages_of(length_ptr, length_stride, b, batch, capacity):
-    """Pages of the sequences `b`, which have one token more than their length says.
+def length_of(length_ptr, length_stride, b, batch, capacity):
+    """The tokens in sequences `b` without their newest, -1 if there is no room for it: int32.
 
-    A length that leaves no room for it counts as 0: nothing of it is read. As the kernels after
-    step_append must not read lengths that another block may be counting in, they take its copy.
+    Read past L1, which may hold what was there before another kernel counted.
     """
-    length = tl.load(length_ptr + b.to(tl.int64) * length_stride, mask=b < batch, other=0)
-    length = tl.where((length < 0) | (length >= capacity), 0, length).to(tl.int32)
-    return tl.where(b < batch, length // TOKENS + 1, 0)
+    place = length_ptr + b.to(tl.int64) * length_stride
+    length = tl.load(place, mask=b < batch, other=-1, cache_modifier=".cg")
+    return tl.where((length < 0) | (length >= capacity), -1, length).to(tl.int32)
+
+
+@triton.jit
+def pages_at(length):
+    """Pages with the newest token of sequences with a `length_of`: 1, not read, without room."""
+    return tl.maximum(length, 0) // TOKENS + 1
+
+
+@triton.jit
+def pages_of(length_ptr, length_stride, b, batch, capacity):
+    """Pages of the sequences `b`, 0 for those from `batch` on."""
+    pages = pages_at(length_of(length_ptr, length_stride, b, batch, capacity))
+    return tl.where(b < batch, pages, 0)
 
 
 @triton.jit
@@ -128,16 +140,18 @@ def start_of(sequence, length_ptr, length_stride, batch, capacity, KV_HEADS: tl.
 
 
 @triton.jit
-def arrive(counter_ptr, program):
-    """Count this program in: what it has read of the lengths it needs no more. For `comes_last`.
+def arrive(counter_ptr, program, counts):
+    """Count this program in if it `counts`: it reads no length any more. For `comes_last`.
 
-    A tensor, whose value is waited for where it is used: not here, where memory is busy.
+    counts  bool, computed from every length that was read: so these are there before the program
+            counts, and no fence is needed, which would wait for all its other memory accesses
+    Gives a tensor, whose value is waited for where it is used: not here, where memory is busy.
     """
     lane = tl.arange(0, 32)
     counters = counter_ptr + 1 + program % LEAVES + tl.zeros((32,), tl.int32)
-    # what the threads of this program have read must be read before one of them says so
+    # one thread counts for all of them
     tl.debug_barrier()
-    return tl.atomic_add(counters, 1, mask=lane == 0, sem="release", scope="gpu")
+    return tl.atomic_add(counters, 1, mask=(lane == 0) & counts, sem="relaxed", scope="gpu")
 
 
 @triton.jit

@@ -75,17 +75,15 @@ def main():"""
         turned = torch.empty(batch, heads, k_dim, dtype=kind, device=device)
         sums = torch.empty(batch, heads, device=device)
         units = torch.ones(batch, kv_heads, device=device)
-        cached = torch.empty(batch, dtype=torch.int32, device=device)
 
         def run():
             step_append[(batch * kv_heads, 3)](
                 q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], *weights,
                 cos, cos.stride(0), sin, sin.stride(0), k_pages, v_pages, words, table, 2,
-                length, 1, turned, sums, units, cached, 1e-6, 2, **options
+                length, 1, turned, sums, units, 1e-6, 2, **options
             )
 
         run()
-        assert torch.equal(cached.long(), length), f"batch={batch}: wrong lengths copied"
         page = table.gather(1, (length // 64)[:, None])[:, 0].long().cpu()
         slot = (length % 64).cpu()
         half = slot % 32
@@ -123,7 +121,9 @@ def main():"""
 )
 
 ATTEND_SELFCHECK = (
-    """
+    _DEFINITIONS
+    + """
+
 def main():"""
     + _DEVICE
     + """
@@ -144,7 +144,19 @@ def main():"""
             v_bytes = v_bytes[..., :32] | (v_bytes[..., 32:] << 4)
         table = torch.randperm(batch * pages).view(batch, pages)
         before = torch.tensor([(pages * 64 - 1) // (b + 1) for b in range(batch)])
-        q, sinks = torch.randn(batch, heads, 1, k_dim).to(dtype), torch.randn(heads)
+        q, k, v = (
+            torch.randn(batch, n, 1, dim).to(dtype)
+            for n, dim in ((heads, k_dim), (kv_heads, k_dim), (kv_heads, v_dim))
+        )
+        weights, sinks = torch.randn(2, k_dim).to(dtype), torch.randn(heads)
+        turns = torch.rand(batch, 1, max(1, SPEC["rotated"])) * 6
+        cos, sin = turns.cos(), turns.sin()
+        if TILE["FUSED"]:
+            turned = turned_by_torch(q, weights[0], cos, sin)
+            new = turned_by_torch(k, weights[1], cos, sin), v
+            new = [quantized(x.float()[:, :, 0], top) for x in new]
+        else:
+            turned = q
         mask = torch.rand(batch, 1, 1, pages * 64) < 0.7
         want = torch.empty(batch, heads, 1, v_dim, dtype=torch.float64)
         for b in range(batch):
@@ -152,8 +164,10 @@ def main():"""
             for row, codes in enumerate((k_codes, v_codes)):
                 s, low = (g[table[b], :, row].double()[..., None] for g in grids)
                 x = (codes[table[b]].double() * s + low).transpose(0, 1).flatten(1, 2)
+                if TILE["FUSED"]:
+                    x[:, n] = new[row][b]
                 exact.append(x[:, : n + 1].repeat_interleave(heads // kv_heads, 0))
-            scores = q[b].double() @ exact[0].transpose(-1, -2) * scale
+            scores = turned[b].double() @ exact[0].transpose(-1, -2) * scale
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
             if SPEC["has_mask"]:
@@ -164,19 +178,20 @@ def main():"""
         length = before.clone()  # the kernel counts in it
         sums = q[:, :, 0].float().sum(-1)
         units = torch.ones(batch, kv_heads)
-        if TILE["PTX"] and bits == 4 and k_dim % 8 == 0 and dtype != torch.float32:
+        tiny = TILE["PTX"] and bits == 4 and k_dim % 8 == 0 and dtype != torch.float32
+        if tiny and not TILE["FUSED"]:
             # of four channels two change places; codes are n * 2**-24, of high nibbles n * 2**-20
             units *= 2.0**24
             q = q.view(batch, heads, 2, -1, 2, 2).transpose(-1, -2).flatten(3)
             q = (q.float() * torch.tensor([[1.0], [1 / 16]])).flatten(2).half()
         tensors = (
-            sums, units, q, k_bytes, v_bytes.contiguous(), words, table.int(), length, mask.byte(),
-            sinks,
+            sums, units, q, k, v, weights, cos, sin, k_bytes, v_bytes.contiguous(), words,
+            table.int(), length, mask.byte(), sinks,
         )
-        sums, units, q, k_pages, v_pages, words, table, length, mask, sinks = (
-            x.to(device) for x in tensors
-        )
-        cached = length.int()
+        (
+            sums, units, q, k, v, weights, cos, sin, k_pages, v_pages, words,
+            table, length, mask, sinks,
+        ) = (x.to(device) for x in tensors)
         grid = (max(1, min(1320, batch * kv_heads * pages // 2)),)
         out = torch.empty(batch, heads, 1, v_dim, dtype=dtype, device=device)
         part = torch.empty(*grid, 2, heads // kv_heads, v_dim, device=device)
@@ -186,9 +201,10 @@ def main():"""
         def run():
             length.copy_(before)
             step_attend[grid](
-                q, sums, units, k_pages, v_pages, words, table, pages, length, 1, cached,
-                mask, mask.stride(0), pages * 64, sinks, out, part, stat, counters,
-                scale, softcap, batch, pages, 1, **options
+                q, *q.stride()[:2], sums, units, k, *k.stride()[:2], v, *v.stride()[:2], *weights,
+                cos, cos.stride(0), sin, sin.stride(0), k_pages, v_pages, words,
+                table, pages, length, 1, mask, mask.stride(0), pages * 64, sinks,
+                out, part, stat, counters, 1e-6, scale, softcap, batch, pages, 1, **options
             )
 
         run()
@@ -215,11 +231,15 @@ def main():"""
         want = (part[:, :, :, 0] * weight[..., None]).sum(2)
         want /= (weight * stat[:, :, :, 0, :, 1]).sum(2)[..., None]
         out = torch.empty(batch, kv_heads, group, v_dim, dtype=dtype, device=device)
-        cached = torch.full((batch,), 1279, dtype=torch.int32, device=device)
+        length = torch.full((batch,), 1279, dtype=torch.int32, device=device)
+        counters = torch.zeros(33, dtype=torch.int32, device=device)
         grid = (batch * heads, -(-v_dim // TILE["COLUMNS"]))
 
         def run():
-            step_combine[grid](part, stat, out, cached, batch, 21, workers, **options)
+            length.fill_(1279)
+            step_combine[grid](
+                part, stat, out, length, 1, counters, batch, 21, workers, **options
+            )
 
         run()
         error = ((out.double() - want).norm() / want.norm()).item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from typing import Any, Literal
@@ -14,8 +15,8 @@ import triton.language as tl
 
 from qoqc.codegen import dispatch
 from qoqc.codegen.build import build
-from qoqc.codegen.family import Family
-from qoqc.codegen.kernels import step_call
+from qoqc.codegen.family import Family, Kernel
+from qoqc.codegen.kernels import step_call, step_families
 from qoqc.codegen.kernels.step_families import STEP_APPEND, STEP_ATTEND, STEP_COMBINE
 from qoqc.codegen.kernels.step_schedule import grid_for, owner_of, run_start
 from qoqc.codegen.kernels.step_spec import Step, StepSpec, random_step, spec_of
@@ -70,13 +71,16 @@ def run(step: Step) -> tuple[torch.Tensor, Step]:
 
 
 def check(step: Step) -> torch.Tensor:
-    """Compare with the definition; both ways of adding up parts give the same."""
+    """Compare with the definition: the append in the same launch and before it, parts added up by
+    their last worker and after it."""
     cpu = copied(moved(step, torch.device("cpu")))
     expected = kv_reference.kv_decode(*vars(cpu).values())
     normed = step.q_weight is not None
-    for meeting in (1, 10**9):
+    for fused, meeting in itertools.product((0, 1), (10**9, 1)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(step_call, "MEETING", meeting)
+            patch.setattr(step_families, "FUSED", fused)
+            patch.setattr(dispatch, "_KERNELS", {})
             out, after = run(step)
         assert torch.equal(after.length.cpu(), cpu.length)
         if not normed:  # sums of squares in another order may move a code by one
@@ -183,10 +187,44 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
         spec_of(dataclasses.replace(step, **change))
 
 
+@pytest.mark.parametrize("slots", [2, 5])
+def test_runs_of_several_sequences(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the last of a worker's sequences begins late: lengths must not be counted before
+    monkeypatch.setattr(step_call, "slots_of", lambda device, tile: slots)
+    check(step_of(tiny(), [5, 130, 0, 63, 190, 64]))
+    check(step_of(tiny(), [70] * 5))
+
+
+@pytest.mark.parametrize("fused", [0, 1])
+def test_one_step_after_another(fused: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_families, "FUSED", fused)
+    monkeypatch.setattr(dispatch, "_KERNELS", {})
+    step = step_of(tiny(), [62, 0, 124])
+    one, other = copied(step), copied(step)
+    for _ in range(3):
+        out = dispatch.kv4_decode(*vars(one).values())
+        expected = kv_reference.kv_decode(*vars(other).values())
+    for name in CHANGED:
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert (out - expected).norm() < LIMIT[torch.float32] * expected.norm()
+
+
 @pytest.mark.parametrize("family", [STEP_APPEND, STEP_ATTEND, STEP_COMBINE], ids=lambda f: f.name)
 def test_generated_files_check_themselves(family: Family, device: torch.device) -> None:
     spec = tiny(form="interleaved", rotated=8, normed=True, has_mask=True)
-    kernel = build(family, spec, family.heuristic(spec, 3, device_key(device)))
+    checked(build(family, spec, family.heuristic(spec, 3, device_key(device))))
+
+
+def test_the_second_of_two_launches_checks_itself(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_families, "FUSED", 0)
+    tile = STEP_ATTEND.heuristic(tiny(), 3, device_key(device))
+    assert tile["FUSED"] == 0
+    checked(build(STEP_ATTEND, tiny(), tile))
+
+
+def checked(kernel: Kernel) -> None:
     run = subprocess.run([sys.executable, str(kernel.path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "batch=" in run.stdout
@@ -250,6 +288,21 @@ def test_same_bits_every_time_under_load() -> None:
         with torch.cuda.stream(other):
             noise = noise @ noise * 1e-2
         assert torch.equal(run(step)[0], first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[60, 5000, 17], [900] * 70], ids=["apart", "together"])
+def test_steps_at_once_after_one_another(lengths: list[int]) -> None:
+    # the blocks of each may start while those of the one before, which counts, still run
+    spec = StepSpec(32, KVSpec(8, 128, 128), torch.bfloat16, rotated=128)
+    step = step_of(spec, lengths, "cuda")
+    one, other = copied(step), copied(step)
+    outs = [dispatch.kv4_decode(*vars(one).values()) for _ in range(5)]
+    expected = [kv_reference.kv_decode(*vars(other).values()) for _ in range(5)]
+    for name in CHANGED:
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    for out, want in zip(outs, expected, strict=True):
+        assert (out - want).float().norm() < LIMIT[spec.dtype] * want.float().norm()
 
 
 @pytest.mark.gpu
