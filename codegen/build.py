@@ -27,6 +27,7 @@ from qoqc.codegen.kernels.kv_round import KV_ROUND
 from qoqc.codegen.kernels.norm_quantize import NORM_QUANTIZE
 from qoqc.codegen.kernels.quantize import QUANTIZE
 from qoqc.codegen.kernels.rotate_append_call import KV_ROTATE_APPEND
+from qoqc.codegen.kernels.sampling import SAMPLE
 from qoqc.codegen.kernels.step_families import STEP_APPEND, STEP_ATTEND, STEP_COMBINE
 from qoqc.codegen.specialize import literal, specialize
 from qoqc.config import private_cache_dir
@@ -53,6 +54,7 @@ OPS: dict[str, Op] = {
         single(STEP_APPEND),
         single(STEP_ATTEND),
         single(STEP_COMBINE),
+        single(SAMPLE),
     )
 }
 

@@ -31,6 +31,7 @@ from qoqc.codegen.kernels import (
     norm_quantize,
     quantize,
     rotate_append_call,
+    sampling,
     step_call,
     step_spec,
 )
@@ -340,6 +341,20 @@ def _decode_apart(step: step_spec.Step) -> Tensor:
     )
 
 
+def sample_scores(
+    scores: Tensor,
+    temperature: Tensor | None,
+    top_p: Tensor | None,
+    key: Tensor | None,
+    fill: float,
+) -> Tensor:
+    """qoqc::sample_scores by a generated kernel."""
+    call = sampling.call_of(scores, temperature, top_p, key, fill)
+    with _device_of(scores):
+        kernel = kernel_for(OPS["sample_scores"], call.spec, scores.shape[0], scores.device)
+        return sampling.launch(kernel, call)
+
+
 def _device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """The device of `x` made the current one; nothing, in a tenth of the time, where it is."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
@@ -375,4 +390,5 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "kv4_round": kv4_round,
     "kv4_attention": kv4_attention,
     "kv4_decode": kv4_decode,
+    "sample_scores": sample_scores,
 }

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor
+from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
+    TopPLogitsWarper,
+)
 
-from qoqc.decode.select import bar, first_largest, piece_width
+from qoqc.codegen import dispatch
+from qoqc.decode.select import bar, first_largest, nucleus, piece_width
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 7, 384, 1009, 50257, 128256])
@@ -39,3 +43,41 @@ def test_barred_tokens_are_those_of_transformers(ends: list[int]) -> None:
     expected = processor(torch.zeros(3, 6, dtype=torch.long), scores)
     assert torch.equal(bar(scores, torch.tensor(ends)), expected)
     assert expected.isinf().any()
+
+
+@pytest.mark.parametrize("least", [1, 5, 1000])
+@pytest.mark.parametrize("fill", [-torch.inf, -5.0])
+@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.7, 0.95])
+def test_the_nucleus_is_that_of_transformers(
+    top_p: float, fill: float, least: int, device: torch.device
+) -> None:
+    dispatch.install()  # the kernel, where there is a GPU
+    scores = torch.randn(6, 384, generator=torch.Generator().manual_seed(5)) * 3
+    scores[1, 100:] = -torch.inf
+    processor = TopPLogitsWarper(top_p, fill, least)
+    want = processor(torch.zeros(6, 1, dtype=torch.long), scores)
+    got = nucleus(scores.to(device), processor).cpu()
+    assert torch.equal(got, want)
+
+
+def test_tokens_with_equal_scores_stay_together(device: torch.device) -> None:
+    scores = torch.full((1, 64), -20.0)
+    scores[0, [3, 7, 11, 40]] = 1.0
+    kept = nucleus(scores.to(device), TopPLogitsWarper(0.6)).cpu()
+    assert kept[0].isfinite().nonzero().flatten().tolist() == [3, 7, 11, 40]
+    # a sort tells them apart by nothing but their places
+    assert TopPLogitsWarper(0.6)(torch.zeros(1, 1), scores).isfinite().sum() == 3
+
+
+@pytest.mark.gpu
+def test_a_nucleus_on_a_gpu_sorts_nothing() -> None:
+    dispatch.install()
+    scores = torch.randn(2, 1000, device="cuda")
+    processor = TopPLogitsWarper(0.8)
+    nucleus(scores, processor)  # compiles it
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        nucleus(scores, processor)
+        torch.cuda.synchronize()
+    kinds = {event.name for event in profile.events() if event.device_type.name == "CUDA"}
+    assert "sample_kernel" in kinds and not any("sort" in kind.lower() for kind in kinds), kinds

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from qoqc.codegen import dispatch
+from qoqc.ir.sampling import gumbel_noise
 from qoqc.serve.http.sampling import (
     COLDEST,
+    AtOnce,
     Gumbel,
     Nucleus,
     Sampling,
     Temperature,
-    gumbel_noise,
     noise_key,
 )
 
@@ -116,21 +118,39 @@ def test_noise_is_finite_and_keys_are_never_zero() -> None:
     assert all(noise_key(seed, position) for seed in range(-50, 50) for position in range(50))
 
 
+def test_the_list_does_at_once_what_its_processors_do() -> None:
+    """With more columns than rows, as the engine's storage has them."""
+    scores = torch.randn(4, 300, generator=torch.Generator().manual_seed(6)) * 3
+    settings = (Sampling(), Sampling(0.7, 0.8, 1), Sampling(1.3, 1.0, 2), Sampling(1.0, 0.2, 3))
+    batch = rows([setting.arguments(0) for setting in settings], position=5)
+    processors = AtOnce()
+    storage = torch.full((processors.tensors_required, 8), 7, dtype=torch.int32)
+    processors.fill_defaults(storage)
+    for request in batch:
+        request.has_new_token = True
+    columns = processors.prepare_tensor_args(batch, storage)
+    want = scores
+    for processor, column in zip(processors.logits_processor, columns, strict=True):
+        want = processor(want, column)
+    got = processors(None, scores, columns)
+    assert torch.equal(got, want) and torch.equal(got[0], scores[0])
+    assert not torch.equal(got[1:].argmax(-1), scores[1:].argmax(-1)) and got[1].isinf().any()
+    processors.check_kwargs(settings[1].arguments(0))
+    assert processors.do_processing
+
+
 @pytest.mark.gpu
 def test_a_cuda_graph_takes_new_numbers() -> None:
     """What is captured reads each step's temperatures and seeds, and draws what a CPU draws."""
+    dispatch.install()
     scores = torch.randn(4, 1000, generator=torch.Generator().manual_seed(4))
-    processors = (Temperature(), Nucleus(), Gumbel())
-    columns = [torch.empty(4, dtype=torch.int32, device="cuda") for _ in processors]
-    for processor, column in zip(processors, columns, strict=True):
-        processor.fill_defaults(column)
+    processors = AtOnce()
+    columns = torch.empty(3, 4, dtype=torch.int32, device="cuda")
+    processors.fill_defaults(columns)
     given = scores.cuda()
 
     def step() -> torch.Tensor:
-        out = given
-        for processor, column in zip(processors, columns, strict=True):
-            out = processor(out, column)
-        return out.argmax(-1)
+        return processors(None, given, columns).argmax(-1)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -143,8 +163,10 @@ def test_a_cuda_graph_takes_new_numbers() -> None:
     assert torch.equal(tokens.cpu(), scores.argmax(-1))
     for position in range(50):
         arguments = [{}, *(Sampling(0.9, 0.9, seed).arguments(0) for seed in range(3))]
-        for processor, column in zip(processors, columns, strict=True):
-            column.copy_(processor.prepare_tensor_args(rows(arguments, position)))
+        batch = rows(arguments, position)
+        for request in batch:
+            request.has_new_token = True
+        processors.prepare_tensor_args(batch, columns)
         graph.replay()
         # logarithms differ in the last place, the two best tokens never that little
         assert tokens.tolist() == chosen(scores, arguments, position)

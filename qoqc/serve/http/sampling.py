@@ -5,8 +5,8 @@ per-request logit processors turn argmax into sampling where a request asks for 
 divided by the temperature, cut to the nucleus, and Gumbel noise is added, so that their argmax is
 a draw from softmax (Gumbel-max). The noise is a hash of (seed, position, token id): a request with
 a seed gets the same tokens whatever else is in the batch, and again after it was preempted. A
-greedy request passes all three unchanged, bit for bit. Nothing here reads values on the host, so
-CUDA graphs can hold it.
+greedy request passes all three unchanged, bit for bit. All three are one op, qoqc::sample_scores
+(ir/sampling.py), which reads no values on the host, so that CUDA graphs can hold it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.logits_process import LogitsProcessorList
 
-FLOOR = -30.0
-"""Log probability, relative to the best token's, below which top_p < 1 keeps nothing: 1e-13."""
-
-HALVINGS = 20
-"""Steps of the search for the nucleus' threshold: 30 nats / 2**20 is below fp32's steps there."""
-
+from qoqc.ir import ops
 
 COLDEST = 1e-4
 """Temperatures below are greedy: quotients would leave fp32, and no draw would differ."""
@@ -59,12 +54,37 @@ def sample_by_request(manager: Any) -> None:
 
     Its generation config must have do_sample=False.
     """
-    processors = ContinuousBatchingLogitsProcessorList(
-        LogitsProcessorList([Temperature(), Nucleus(), Gumbel()])
-    )
-    # what the list counts itself only for processors that it converted from generate()'s
-    processors.tensors_required = len(processors.logits_processor)
-    manager.logit_processor = processors
+    manager.logit_processor = AtOnce()
+
+
+class AtOnce(ContinuousBatchingLogitsProcessorList):
+    """The list of the three processors below: what they do in turn it does in one op."""
+
+    def __init__(self) -> None:
+        super().__init__(LogitsProcessorList([Temperature(), Nucleus(), Gumbel()]))
+        # what the list counts itself only for processors that it converted from generate()'s
+        self.tensors_required = len(self.logits_processor)
+
+    def __call__(
+        self, input_ids: Any, scores: torch.Tensor, logits_processor_args: torch.Tensor
+    ) -> torch.Tensor:
+        """scores [rows, vocabulary] and int32 [3, at least rows] -> the shape of scores."""
+        temperature, top_p, key = (
+            processor.column(scores, arg)
+            for processor, arg in zip(self.logits_processor, logits_processor_args, strict=True)
+        )
+        return sampled(scores, temperature, top_p, key)
+
+
+def sampled(
+    scores: torch.Tensor,
+    temperature: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    key: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """qoqc::sample_scores: a kernel on a GPU, torch elsewhere; -inf is outside the nucleus."""
+    out: torch.Tensor = ops.sample_scores(scores, temperature, top_p, key, -torch.inf)
+    return out
 
 
 class _PerRequest(ContinuousBatchingLogitsProcessor):
@@ -89,8 +109,8 @@ class _PerRequest(ContinuousBatchingLogitsProcessor):
         return torch.tensor(numbers, dtype=self.dtype).view(torch.int32)
 
     def column(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        """The numbers as [rows of scores, 1]."""
-        return tensor_arg[: scores.shape[0]].view(self.dtype)[:, None]
+        """The numbers as [rows of scores]."""
+        return tensor_arg[: scores.shape[0]].view(self.dtype)
 
 
 class Temperature(_PerRequest):
@@ -104,14 +124,11 @@ class Temperature(_PerRequest):
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         """[rows, vocabulary] -> the same shape."""
-        return scores / self.column(scores, tensor_arg)
+        return sampled(scores, temperature=self.column(scores, tensor_arg))
 
 
 class Nucleus(_PerRequest):
-    """Scores outside the smallest set of likeliest tokens with probability top_p become -inf.
-
-    The set's threshold is found by halving, which needs no sort: 20 sums over the vocabulary.
-    """
+    """Scores outside the smallest set of likeliest tokens with probability top_p become -inf."""
 
     supported_kwargs = {"top_p": float}
 
@@ -121,21 +138,7 @@ class Nucleus(_PerRequest):
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         """[rows, vocabulary] -> the same shape."""
-        top_p = self.column(scores, tensor_arg)
-        relative = scores - scores.amax(-1, keepdim=True)
-        weights = relative.exp()
-        enough = top_p * weights.sum(-1, keepdim=True)
-        low = torch.full_like(top_p, FLOOR)
-        high = torch.zeros_like(top_p)
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            kept = torch.where(relative >= middle, weights, 0).sum(-1, keepdim=True)
-            low, high = (
-                torch.where(kept >= enough, middle, low),
-                torch.where(kept >= enough, high, middle),
-            )
-        # the best token stays even where top_p is below its own probability
-        return scores.masked_fill((relative < low) & (top_p < 1), -torch.inf)
+        return sampled(scores, top_p=self.column(scores, tensor_arg))
 
 
 class Gumbel(_PerRequest):
@@ -152,9 +155,7 @@ class Gumbel(_PerRequest):
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         """[rows, vocabulary] -> the same shape."""
-        key = self.column(scores, tensor_arg)
-        token = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
-        return scores + torch.where(key == 0, 0.0, gumbel_noise(key, token))
+        return sampled(scores, key=self.column(scores, tensor_arg))
 
 
 def noise_key(seed: int, position: int) -> int:
@@ -162,23 +163,3 @@ def noise_key(seed: int, position: int) -> int:
     text = f"{seed}:{position}".encode()
     digest = hashlib.blake2b(text, digest_size=4).digest()
     return int.from_bytes(digest, "little", signed=True) or 1
-
-
-def gumbel_noise(key: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise, fp32, for int32 keys [rows, 1] and token ids [vocabulary].
-
-    The bits are MurmurHash3's finalizer of key and id, twice; int32 products wrap, as they should.
-    """
-    bits = _mix(_mix(token * -1640531535) ^ key)  # 2**32 / golden ratio, odd
-    # 31 bits: the smallest values of `uniform` are the largest noise, so they want fp32's precision
-    uniform = ((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
-    return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    # >> of a negative int32 drags its sign along, the masks take it off
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * -2048144789  # 0x85EBCA6B
-    x = x ^ ((x >> 13) & 0x7FFFF)
-    x = x * -1028477387  # 0xC2B2AE35
-    return x ^ ((x >> 16) & 0xFFFF)
