@@ -129,9 +129,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     points = [point for point in (QUICK if args.quick else POINTS) if point.kind in args.kinds]
     facts = provenance(device)
-    with torch.no_grad():
-        rows = [{**row, **facts} for row in measured(points, args.rivals, device)]
+    rows: list[Row] = []
     path = save(rows, args.out)
+    with torch.no_grad():
+        for row in measured(points, args.rivals, device):
+            rows.append({**row, **facts})
+            save(rows, args.out)  # what a crash at a later point must not take along
     beside = [
         [str(Path(__file__).with_name(f"attention_{n}.py")), str(path)] for n in ("report", "plot")
     ]

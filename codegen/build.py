@@ -19,7 +19,7 @@ from qoqc.codegen.family import Family, Kernel, Op, Tile, single
 from qoqc.codegen.kernels.act_quantize import ACT_QUANTIZE
 from qoqc.codegen.kernels.attention_combine import ATTENTION_COMBINE
 from qoqc.codegen.kernels.attention_decode import ATTENTION_DECODE
-from qoqc.codegen.kernels.attention_prefill import ATTENTION_PREFILL
+from qoqc.codegen.kernels.attention_forms import ATTENTION
 from qoqc.codegen.kernels.few_linear import FEW
 from qoqc.codegen.kernels.gemm_forms import GEMM
 from qoqc.codegen.kernels.kv_append import KV_APPEND
@@ -50,7 +50,7 @@ OPS: dict[str, Op] = {
         single(KV_ROUND),
         single(ATTENTION_DECODE),
         single(ATTENTION_COMBINE),
-        single(ATTENTION_PREFILL),
+        ATTENTION,
         single(STEP_APPEND),
         single(STEP_ATTEND),
         single(STEP_COMBINE),

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qoqc.codegen.family import Family, Launch, Tile, Trial
+from qoqc.codegen.family import Family, Kernel, Launch, Tile, Trial
 from qoqc.codegen.kernels.attention import (
     Call,
     constexprs,
@@ -158,17 +158,8 @@ def attention_prefill(
         mask_begin = end
         mask_end = 0
         for t in tl.range(0, end, 2 * HALF, num_stages=1):
-            seen = look(
-                t + tl.arange(0, 2 * HALF),
-                end,
-                in_row,
-                position,
-                mask_rows,
-                mask_len,
-                1,
-                CAUSAL,
-                HAS_MASK,
-            )
+            token = t + tl.arange(0, 2 * HALF)
+            seen = look(token, end, in_row, position, mask_rows, mask_len, 1, CAUSAL, HAS_MASK)
             any_seen = tl.max(tl.max(seen.to(tl.int32), 0), 0) != 0
             mask_begin = tl.minimum(mask_begin, tl.where(any_seen, t, end))
             mask_end = tl.where(any_seen, t + 2 * HALF, mask_end)
@@ -253,15 +244,7 @@ def attention_prefill(
             none = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
             s = mma(q1, k1.to(OPERAND), mma(q0, k0.to(OPERAND), none))
             seen = look(
-                origin + u,
-                length,
-                in_row,
-                position,
-                mask_rows,
-                mask_len,
-                1,
-                CAUSAL,
-                HAS_MASK,
+                origin + u, length, in_row, position, mask_rows, mask_len, 1, CAUSAL, HAS_MASK
             )
             s = tl.where(seen, capped(s * log2_scale, log2_cap, HAS_SOFTCAP), float("-inf"))
             peak, shrink, p = rise_one(peak, s)
@@ -298,18 +281,24 @@ def rise_one(peak, s):
     return new, tl.exp2(peak - base), tl.exp2(s - base[:, None])
 
 
-def launch(kernel: Launch, call: Call) -> torch.Tensor:
-    """kv4_attention: out [B, Hq, S, Dv] in q's dtype, in one launch."""
+def launch(kernel: Kernel, call: Call) -> torch.Tensor:
+    """kv4_attention by the form that `kernel` is of: out [B, Hq, S, Dv] in q's dtype."""
     out = call.empty_out()
     if out.numel():
-        batch, kv_heads, seq = call.q.shape[0], call.k_pages.shape[1], call.q.shape[2]
-        grid = (ceil_div(call.rows, kernel.tile["BLOCK_R"]), kv_heads, batch)
-        sinks = out if call.sinks is None else call.sinks
-        kernel(
-            grid, *call.arguments(), out, call.scale, seq, call.block_table.shape[1],
-            call.softcap, sinks,
-        )  # fmt: skip
+        form = kernel.family.start
+        assert form is not None, f"{kernel.family.name} is no form of attention over pages"
+        form(kernel, call, out)
     return out
+
+
+def start(kernel: Launch, call: Call, out: torch.Tensor) -> None:
+    """Launch on checked tensors, see Call; `out` has elements."""
+    batch, kv_heads, seq = call.q.shape[0], call.k_pages.shape[1], call.q.shape[2]
+    grid = (ceil_div(call.rows, kernel.tile["BLOCK_R"]), kv_heads, batch)
+    kernel(
+        grid, *call.arguments(), out, call.scale, seq, call.block_table.shape[1], call.softcap,
+        out if call.sinks is None else call.sinks,
+    )  # fmt: skip
 
 
 def bind(spec: AttentionSpec, tile: Tile) -> dict[str, Any]:
@@ -378,7 +367,9 @@ def trial(spec: AttentionSpec, size: int, device: torch.device) -> Trial:
     call = trial_call(spec, 1, size, 1024, device)
 
     def run(kernel: Launch) -> tuple[torch.Tensor, ...]:
-        return (launch(kernel, call),)
+        out = call.empty_out()
+        start(kernel, call, out)
+        return (out,)
 
     return run
 
@@ -394,4 +385,5 @@ ATTENTION_PREFILL = Family(
     shared_bytes,
     tolerance=1e-2,
     fp_fusion=True,
+    start=start,
 )

@@ -19,7 +19,7 @@ import triton.language as tl
 from qoqc.codegen.family import Family, Launch, Tile, Trial
 from qoqc.codegen.kernels.attention import kv_spec_of, unit_stride
 from qoqc.codegen.kernels.kv_selfcheck import APPEND_SELFCHECK
-from qoqc.codegen.kernels.pieces import check_device, round_half_even
+from qoqc.codegen.kernels.pieces import check_device
 from qoqc.ir.spec import PAGE, KVSpec
 from qoqc.quant.kv import HALF_PAGE, empty_pages
 from qoqc.quant.pack import ceil_div
@@ -41,7 +41,10 @@ def extent(x, live):
     """Minimum, maximum and "holds NaN" of the rows of fp32 x [T, D], `live` channels only."""
     low = tl.min(tl.where(live, x, float("inf")), 1)
     high = tl.max(tl.where(live, x, float("-inf")), 1)
-    return low, high, tl.max(((x != x) & live).to(tl.int32), 1)
+    # what is more than infinity is NaN: in integers no predicates, of which there are few
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    most = tl.max(tl.where(live, magnitude, 0), 1)
+    return low, high, (most > 0x7F800000).to(tl.int32)
 
 
 @triton.jit
@@ -67,31 +70,32 @@ def codes_of(x, low, inverse, TOP: tl.constexpr):
     position = (x - low) * inverse
     # clamping first gives the same codes and keeps the product out of a fused multiply-add,
     # which would round once where the definition rounds twice
-    inside = tl.minimum(tl.maximum(tl.where(position == position, position, 0.0), 0.0), TOP)
-    return round_half_even(inside).to(tl.int32)
+    inside = tl.minimum(tl.maximum(position, 0.0), TOP)
+    # 1.5 * 2**23 leaves no room for a fraction: the code is what its low bits hold then. A maximum
+    # with NaN is the other number, or a NaN whose low bits are zeros
+    return (inside + 12582912.0).to(tl.int32, bitcast=True) & 255
 
 
 @triton.jit
 def slots_of(start, number, seq, pages, SINGLE: tl.constexpr, BLOCK_J: tl.constexpr):
     """Which slots of which page of a sequence program `number` owns, and their tokens.
 
-    Returns the page's place in the table, whether it has one, the slots j [BLOCK_J], the tokens of
-    the chunk that belong into j and j + 32, and which of those are new.
+    Returns the page's place in the table, whether it has one, the first of the slots j [BLOCK_J],
+    the token of the chunk that belongs into it, and whether all of j and j + 32 get new tokens.
     """
     HALF: tl.constexpr = 32
     block_page = start // (2 * HALF)
     if SINGLE:
-        j = (start % HALF).to(tl.int32) + tl.arange(0, BLOCK_J)
+        first = (start % HALF).to(tl.int32)
     else:
         block_page += number // (HALF // BLOCK_J)
-        j = (number % (HALF // BLOCK_J)) * BLOCK_J + tl.arange(0, BLOCK_J)
+        first = (number % (HALF // BLOCK_J)) * BLOCK_J
     # a position outside the table is dropped, never written
     inside = (start >= 0) & (block_page < pages)
-    token0 = block_page * (2 * HALF) + j - start
-    token1 = token0 + HALF
-    new0 = inside & (token0 >= 0) & (token0 < seq)
-    new1 = inside & (token1 >= 0) & (token1 < seq)
-    return block_page, inside, j, token0, token1, new0, new1
+    # fits 32 bits, in which comparing takes half as long
+    token = (block_page * (2 * HALF) - start).to(tl.int32) + first
+    whole = inside & (token >= 0) & (token + BLOCK_J + HALF <= seq)
+    return block_page, inside, first, token, whole
 
 
 @triton.jit
@@ -100,8 +104,10 @@ def put_keys(
 ):
     """Quantize keys, fp32 halves [BLOCK_J, BLOCK_K] of their channels, into `slot` of a page."""
     TOP: tl.constexpr = 15.0 if BITS == 4 else 255.0
-    left_low, left_high, left_broken = extent(left, live)
-    right_low, right_high, right_broken = extent(right, live)
+    # rows that are not live are not stored: only channels need leaving out
+    in_c = (c < K_HALF)[None, :]
+    left_low, left_high, left_broken = extent(left, in_c)
+    right_low, right_high, right_broken = extent(right, in_c)
     low, inverse, word = grid_of(
         tl.minimum(left_low, right_low),
         tl.maximum(left_high, right_high),
@@ -123,44 +129,59 @@ def put_keys(
 def put_values(
     v_base,
     v_stride_s,
-    token0,
-    token1,
-    new0,
-    new1,
+    first,
+    token,
+    inside,
+    whole,
+    seq,
     v_page,
     words,
-    j,
     V_DIM: tl.constexpr,
     BITS: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Quantize values into slots j and j + 32 of a page; at 4 bits these share their bytes."""
+    """Quantize values into slots j and j + 32 of a page; at 4 bits these share their bytes.
+
+    first, token, inside, whole as `slots_of` gives them.
+    """
     TOP: tl.constexpr = 15.0 if BITS == 4 else 255.0
     V_BYTES: tl.constexpr = 8 * BITS
     HALF: tl.constexpr = 32
+    j = first + tl.arange(0, BLOCK_J)
+    token0 = token + tl.arange(0, BLOCK_J)
+    token1 = token0 + HALF
+    new0 = inside & (token0 >= 0) & (token0 < seq)
+    new1 = inside & (token1 >= 0) & (token1 < seq)
     d = tl.arange(0, BLOCK_V)
     in_d = (d < V_DIM)[None, :]
     v_rows = v_base + d[None, :]
     live0 = new0[:, None] & in_d
     live1 = new1[:, None] & in_d
-    x0 = tl.load(v_rows + token0[:, None] * v_stride_s, mask=live0, other=0.0).to(tl.float32)
-    x1 = tl.load(v_rows + token1[:, None] * v_stride_s, mask=live1, other=0.0).to(tl.float32)
-    min0, max0, broken0 = extent(x0, live0)
-    min1, max1, broken1 = extent(x1, live1)
+    rows0 = v_rows + token0[:, None].to(tl.int64) * v_stride_s
+    rows1 = v_rows + token1[:, None].to(tl.int64) * v_stride_s
+    x0 = tl.load(rows0, mask=live0, other=0.0).to(tl.float32)
+    x1 = tl.load(rows1, mask=live1, other=0.0).to(tl.float32)
+    min0, max0, broken0 = extent(x0, in_d)
+    min1, max1, broken1 = extent(x1, in_d)
     low0, inverse0, word0 = grid_of(min0, max0, broken0, TOP)
     low1, inverse1, word1 = grid_of(min1, max1, broken1, TOP)
     codes0 = codes_of(x0, low0, inverse0, TOP)
     codes1 = codes_of(x1, low1, inverse1, TOP)
     target = v_page + d[None, :] * V_BYTES + j[:, None]
-    if BITS == 4:
+    if BITS == 8:
+        tl.store(target, codes0.to(tl.uint8), mask=live0)
+        tl.store(target + HALF, codes1.to(tl.uint8), mask=live1)
+    elif whole:
+        # without a mask along j the bytes of a thread are stored at once: each would be a write to
+        # L2 of its own
+        tl.store(target, (codes0 | (codes1 << 4)).to(tl.uint8), mask=in_d)
+    else:
         # byte (d, j) holds tokens j and j + 32
         old = tl.load(target, mask=live0 != live1, other=0).to(tl.int32)
         low_nibble = tl.where(live0, codes0, old & 15)
         high_nibble = tl.where(live1, codes1 << 4, old & 240)
         tl.store(target, (low_nibble | high_nibble).to(tl.uint8), mask=live0 | live1)
-    else:
-        tl.store(target, codes0.to(tl.uint8), mask=live0)
-        tl.store(target + HALF, codes1.to(tl.uint8), mask=live1)
     tl.store(words + 2 * HALF + j, word0, mask=new0)
     tl.store(words + 3 * HALF + j, word1, mask=new1)
 
@@ -199,7 +220,7 @@ def kv_append(
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     start = tl.load(start_ptr + b * start_stride)
-    block_page, inside, j, token0, token1, new0, new1 = slots_of(
+    block_page, inside, first, token, whole = slots_of(
         start, tl.program_id(0), seq, pages, SINGLE, BLOCK_J
     )
     page = tl.load(table_ptr + b * table_stride + block_page, mask=inside, other=0).to(tl.int64)
@@ -208,21 +229,23 @@ def kv_append(
     v_page = v_pages_ptr + page_head * (V_DIM * 8 * BITS)
     words = words_ptr + page_head * (4 * HALF)
 
-    # keys: both halves of a vector, as the byte (t, c) holds channels c and c + K_DIM / 2
+    # keys: both halves of a vector, as the byte (t, c) holds channels c and c + K_DIM / 2; row r is
+    # slot r % BLOCK_J of half r // BLOCK_J of the page
     c = tl.arange(0, BLOCK_K)
-    k_base = k_ptr + b * k_stride_b + h * k_stride_h
-    for half in tl.static_range(2):
-        token = token0 if half == 0 else token1
-        new = new0 if half == 0 else new1
-        live = new[:, None] & (c < K_HALF)[None, :]
-        rows = k_base + token[:, None] * k_stride_s + c[None, :]
-        left = tl.load(rows, mask=live, other=0.0).to(tl.float32)  # [BLOCK_J, BLOCK_K]
-        right = tl.load(rows + K_HALF, mask=live, other=0.0).to(tl.float32)
-        put_keys(left, right, live, new, k_page, words, j + half * HALF, c, K_HALF, BITS)
+    r = tl.arange(0, 2 * BLOCK_J)
+    row = r % BLOCK_J + r // BLOCK_J * HALF
+    new = inside & (token + row >= 0) & (token + row < seq)
+    live = new[:, None] & (c < K_HALF)[None, :]
+    rows = k_ptr + b * k_stride_b + h * k_stride_h + c[None, :]
+    rows += (token + row).to(tl.int64)[:, None] * k_stride_s
+    left = tl.load(rows, mask=live, other=0.0).to(tl.float32)  # [2 * BLOCK_J, BLOCK_K]
+    right = tl.load(rows + K_HALF, mask=live, other=0.0).to(tl.float32)
+    put_keys(left, right, live, new, k_page, words, first + row, c, K_HALF, BITS)
 
     v_base = v_ptr + b * v_stride_b + h * v_stride_h
     put_values(
-        v_base, v_stride_s, token0, token1, new0, new1, v_page, words, j, V_DIM, BITS, BLOCK_V
+        v_base, v_stride_s, first, token, inside, whole, seq, v_page, words, V_DIM, BITS, BLOCK_J,
+        BLOCK_V,
     )  # fmt: skip
 
 

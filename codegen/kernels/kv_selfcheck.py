@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _DEVICE = """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if TILE.get("PTX") and device == "cpu":
+    if TILE.get("PTX", "REGISTERS" in TILE) and device == "cpu":
         raise SystemExit("this kernel holds PTX: run it on a machine with a GPU")
     options = {name: TILE[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
 """
@@ -133,8 +133,10 @@ def main():"""
         )
         blocks = 1 if TILE["SINGLE"] else -(-(seq + 63) // 64) * (32 // TILE["BLOCK_J"])
 
+        programs = blocks * kv_heads + -(-seq * heads // TILE["BLOCK_R"])
+
         def run():
-            kv_rotate_append[(blocks * kv_heads, batch)](*arguments, **options)
+            kv_rotate_append[(programs, batch)](*arguments, **options)
 
         run()
         # a norm sums in another order, which may move what it gives by one step of the dtype
@@ -216,7 +218,7 @@ def main():"""
             *(k_chunk, *k_chunk.stride()[:3], v_chunk, *v_chunk.stride()[:3]),
         )
         rows = seq * (heads // kv_heads)
-        tiles = -(-rows // TILE["BLOCK_R"])
+        tiles = -(-rows // TILE.get("BLOCK_R", 128))
 """
 )
 
@@ -264,6 +266,27 @@ PREFILL_SELFCHECK = (
             grid = (tiles, kv_heads, batch)
             tail = (out, scale, seq, pages, softcap, sinks.to(device))
             attention_prefill[grid](*arguments, *tail, **options)
+
+        def finish():
+            return out
+"""
+    + _COMPARE
+)
+
+HOPPER_SELFCHECK = (
+    "CASES_CPU, CASES = (), ((2, 70, 3), (2, 1024, 32))\n\n"
+    + _ATTENTION
+    + """
+        out = torch.empty(batch, heads, seq, v_dim, dtype=dtype, device=device)
+        exact = [x.view(torch.int32) for x in (k_chunk, v_chunk)]
+        arguments = (
+            *(q, *q.stride()[:3], k_pages.view(torch.int32), v_pages.view(torch.int32), words),
+            *(table, pages, length, 1, *(y for x in exact for y in (x, *x.stride()[:3]))),
+            *(out, sinks.to(device), scale, seq, pages),
+        )
+
+        def run():
+            attention_hopper_kernel[(tiles, kv_heads, batch)](*arguments, **options)
 
         def finish():
             return out

@@ -10,12 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
+from qoqc.codegen.facts import by_facts
 from qoqc.codegen.family import Family, Launch, Tile, Trial
 from qoqc.codegen.kernels.attention import has_ptx, kv_spec_of, unit_stride
 from qoqc.codegen.kernels.kv_rotate_append import kv_rotate_append
 from qoqc.codegen.kernels.kv_selfcheck import ROTATE_APPEND_SELFCHECK
 from qoqc.codegen.kernels.pieces import check_device
 from qoqc.codegen.kernels.pieces_rotary import FORMS
+from qoqc.codegen.kernels.token_rows import empty_like
 from qoqc.ir.spec import OUTPUT_DTYPES, PAGE, KVSpec
 from qoqc.quant.kv import HALF_PAGE, empty_pages
 from qoqc.quant.pack import ceil_div
@@ -73,7 +75,7 @@ def launch(kernel: Launch, call: Append) -> tuple[torch.Tensor, torch.Tensor]:
     """
     batch, heads, seq, _ = call.q.shape
     kv_heads = call.k.shape[1]
-    q_out, k_out = call.q.new_empty(call.q.shape), call.k.new_empty(call.k.shape)
+    q_out, k_out = empty_like(call.q, call.q.dtype), empty_like(call.k, call.k.dtype)
     if q_out.numel() == 0:
         return q_out, k_out
     if kernel.tile["SINGLE"]:
@@ -89,7 +91,8 @@ def launch(kernel: Launch, call: Append) -> tuple[torch.Tensor, torch.Tensor]:
         x = q if x is None else unit_stride(x)
         angles += [x, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1)]
     kernel(
-        (blocks * kv_heads, batch), q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
+        (blocks * kv_heads + ceil_div(seq * heads, kernel.tile["BLOCK_R"]), batch),
+        q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
         q if call.q_weight is None else call.q_weight,
         q if call.k_weight is None else call.k_weight,
         *angles, call.k_pages, call.v_pages, call.kv_words,
@@ -101,6 +104,12 @@ def launch(kernel: Launch, call: Append) -> tuple[torch.Tensor, torch.Tensor]:
 
 def spec_of(call: Append) -> RotateSpec:
     """The spec of a call; ValueError, with the numbers, for what the kernel does not take."""
+    return _checked_spec(*vars(call).values())
+
+
+@by_facts
+def _checked_spec(*arguments: Any) -> RotateSpec:
+    call = Append(*arguments)
     check_device(
         "kv4_rotate_append", q=call.q, k=call.k, v=call.v, q_weight=call.q_weight,
         k_weight=call.k_weight, cos=call.cos, sin=call.sin, k_pages=call.k_pages,
@@ -185,33 +194,37 @@ def bind(spec: RotateSpec, tile: Tile) -> dict[str, Any]:
         "ROUND_BF16": spec.dtype is torch.bfloat16 and not tile["PTX"],
         "SINGLE": tile["SINGLE"],
         "BLOCK_J": tile["BLOCK_J"],
+        "BLOCK_R": tile["BLOCK_R"],
         "BLOCK_K": triton.next_power_of_2(spec.kv.k_dim // 2),
         "BLOCK_V": triton.next_power_of_2(spec.kv.v_dim),
     }
 
 
-def _tile(device: DeviceKey, single: int, block_j: int, num_warps: int) -> Tile:
-    values = (("PTX", has_ptx(device)), ("SINGLE", single), ("BLOCK_J", block_j))
-    return Tile(values, num_warps=num_warps, num_stages=1)
+def _tile(device: DeviceKey, single: int, block_j: int, block_r: int, num_warps: int) -> Tile:
+    values = {
+        "PTX": has_ptx(device), "SINGLE": single, "BLOCK_J": block_j, "BLOCK_R": block_r
+    }  # fmt: skip
+    return Tile(tuple(values.items()), num_warps=num_warps, num_stages=1)
 
 
 def heuristic(spec: RotateSpec, size: int, device: DeviceKey) -> Tile:
-    """One slot for one token; else 2 x 8 tokens, whose loads are 16 bytes of a thread of 2 warps.
+    """One slot for one token; else 2 x 8 tokens, and queries of 16 rows for each of 2 warps.
 
     A register of keys and angles each for every channel: more warps for wide or fp32 heads.
     """
     if size == 1:
-        return _tile(device, 1, 1, 1)
+        return _tile(device, 1, 1, 4, 1)
     wide = triton.next_power_of_2(max(spec.kv.k_dim, spec.kv.v_dim)) > 128
-    return _tile(device, 0, 8, 4 if wide or spec.dtype is torch.float32 else 2)
+    slow = wide or spec.dtype is torch.float32
+    return _tile(device, 0, 8, 16, 8 if slow else 4)
 
 
 def candidates(spec: RotateSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
     """Tiles worth timing for `size` new tokens per sequence."""
     if size == 1:
-        return [_tile(device, 1, 1, warps) for warps in (1, 2, 4)]
-    pairs = ((4, 2), (8, 2), (8, 4), (16, 4), (16, 8), (32, 8))
-    return [_tile(device, 0, block_j, warps) for block_j, warps in pairs]
+        return [_tile(device, 1, 1, 4, warps) for warps in (1, 2, 4)]
+    pairs = ((4, 8, 2), (8, 8, 2), (8, 16, 4), (8, 32, 4), (16, 32, 8), (32, 32, 8))
+    return [_tile(device, 0, *pair) for pair in pairs]
 
 
 def random_call(

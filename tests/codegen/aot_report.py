@@ -22,10 +22,12 @@ import triton
 from qoqc.codegen.aot import compile_for
 from qoqc.codegen.build import FAMILIES
 from qoqc.codegen.kernels.act_quantize import ActSpec
+from qoqc.codegen.kernels.few_call import FewSpec
 from qoqc.codegen.kernels.kv_round import RoundSpec
 from qoqc.codegen.kernels.norm_call import NormSpec
 from qoqc.codegen.kernels.quantize import QuantizeSpec
 from qoqc.codegen.kernels.rotate_append_call import RotateSpec
+from qoqc.codegen.kernels.sampling import SampleSpec
 from qoqc.codegen.kernels.step_spec import StepSpec
 from qoqc.ir.glue import ActKind
 from qoqc.ir.spec import AttentionSpec, KVSpec, LinearSpec, to_json
@@ -58,12 +60,30 @@ def cases(arch: int) -> Iterator[tuple[str, Any, int]]:
         spec = LinearSpec(4096, 28672, 128, torch.bfloat16, has_bias=True, glu=True)
         for name, tokens in (("gemm_plain", 1024), ("gemm_ways", 8), ("gemm_hopper", 1024)):
             yield name, spec, tokens
+    yield from few_cases(hopper)
     for features in (128, 300, 4096, 14336, 20000) if hopper else (4096,):
         yield "quantize", QuantizeSpec(features, torch.bfloat16), 1024
     yield from glue_cases(hopper)
     yield from attention_cases(hopper)
     yield from rotate_append_cases(hopper)
     yield from step_cases(hopper)
+    yield "sample_scores", SampleSpec(128256, True, True, True), 64
+    if hopper:
+        yield "sample_scores", SampleSpec(50257, has_top_p=True), 1
+        yield "sample_scores", SampleSpec(384, has_key=True), 1
+
+
+def few_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
+    """Linears of one token with all they can do; on sm_90 short and long tokens too."""
+    bf16 = torch.bfloat16
+    norm = NormSpec(4096, bf16, round_first=True, has_residual=True)
+    yield "few_linear", FewSpec(LinearSpec(4096, 28672, 128, bf16, glu=True), norm), 1
+    yield "few_linear", FewSpec(LinearSpec(4096, 4096, -1, torch.float16, True, True)), 1
+    if hopper:
+        layer = NormSpec(2048, bf16, "layer", has_residual=True, has_bias=True, keep=True)
+        yield "few_linear", FewSpec(LinearSpec(2048, 6144, 128, bf16, True), layer), 1
+        for k, n in ((328, 201), (8192, 10240), (14336, 4096)):
+            yield "few_linear", FewSpec(LinearSpec(k, n, 128, bf16)), 1
 
 
 def step_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
@@ -166,7 +186,11 @@ def attention_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
     for chunk in (False, True):
         spec = AttentionSpec(32, kv, torch.bfloat16, has_chunk=chunk, causal=True)
         yield "attention_prefill", spec, 1024
+        if hopper:
+            yield "attention_hopper", spec, 1024
     if hopper:
+        narrow = AttentionSpec(14, KVSpec(2, 64, 64), torch.float16, has_chunk=True, has_sinks=True)
+        yield "attention_hopper", narrow, 1024
         # sm_80 and sm_89 hold the mask in 160 to 340 bytes of local memory: less harm than
         # the smaller tiles that would avoid it
         yield "attention_prefill", full, 1024
