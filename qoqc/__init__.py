@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from qoqc.importing import without_collector
 from qoqc.registration import register
 
 __version__ = "0.1.0"
@@ -21,7 +22,9 @@ def __getattr__(name: str) -> Any:
     """Import the public names on first use: `import qoqc` alone stays cheap and free of circles."""
     if name not in _LAZY:
         raise AttributeError(f"module 'qoqc' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    with without_collector():
+        module = importlib.import_module(_LAZY[name])
+    return getattr(module, name)
 
 
 register()

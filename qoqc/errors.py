@@ -33,3 +33,11 @@ class VerifyError(QoqcError):
 
 class NotCached(QoqcError):
     """Something had to be compiled although the option require_cached says that nothing may be."""
+
+
+def own_error(error: BaseException) -> QoqcError | None:
+    """The error of qoqc's that `error` is, or was raised for: Dynamo wraps what backends raise."""
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, QoqcError):
+        link = getattr(link, "inner_exception", None) or link.__cause__
+    return link

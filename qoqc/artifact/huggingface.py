@@ -25,13 +25,12 @@ from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qoqc.artifact.manifest import (
+    ASIDE,
     CARD,
     CONFIG,
     GENERATION,
     INDEX,
-    KERNELS,
     PATH,
-    TUNING,
     WEIGHTS,
     Manifest,
     quantization_config,
@@ -177,14 +176,14 @@ def _save_pretrained(
     for name in (PATH, WEIGHTS, INDEX):
         (target / name).unlink(missing_ok=True)
     type(self).save_pretrained(self, target, *args, max_shard_size=max_shard_size, **kwargs)
-    for folder in (KERNELS, TUNING):
+    for folder in ASIDE:
         if (source / folder).is_dir() and (source / folder).resolve() != (
             target / folder
         ).resolve():
             shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
     manifest = dataclasses.replace(manifest, shards=shards_in(target))
     own = {CARD, CONFIG, GENERATION, INDEX, *manifest.shards}
-    complete(manifest, target, lambda name: name in own or name.startswith((KERNELS, TUNING)))
+    complete(manifest, target, lambda name: name in own or name.startswith(ASIDE))
     if push_to_hub:
         _upload(target, **hub)
 

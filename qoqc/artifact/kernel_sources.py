@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from qoqc.codegen.build import OPS, generate
+from qoqc.codegen.build import OPS, generate, runs
 from qoqc.codegen.family import Family, Tile
 from qoqc.codegen.kernels import (
     act_quantize,
     attention,
     attention_decode,
+    few_call,
     kv_round,
     norm_call,
     rotate_append_call,
     step_spec,
 )
 from qoqc.codegen.kernels.quantize import QuantizeSpec
+from qoqc.codegen.kernels.sampling import SampleSpec
+from qoqc.codegen.pair import Pair, pairs
 from qoqc.codegen.tuning import table
 from qoqc.codegen.tuning.choose import bucket, known
 from qoqc.errors import OptionError
@@ -51,42 +54,70 @@ class Wanted:
 
 def wanted(gm: GraphModule) -> list[Wanted]:
     """The kernels behind the qoqc ops of a rewritten graph."""
-    found: dict[Wanted, None] = {}
-    for node in gm.graph.nodes:
-        if is_call(node, ops.quantize_act):
-            x = example(node.args[0])
-            found[Wanted("quantize", QuantizeSpec(int(x.shape[-1]), x.dtype))] = None
-        if is_call(node, ops.norm_quant):
-            tensors = (example(arg) for arg in node.args[:4])
-            scalars: Any = node.args[4:]
-            found[Wanted("norm_quantize", norm_call.call_of(*tensors, *scalars).spec)] = None
-        if is_call(node, ops.act_quant):
-            gate, up = (example(arg) for arg in node.args[:2])
-            kind: Any = node.args[2]
-            found[Wanted("act_quantize", act_quantize.spec_of(gate, up, kind))] = None
-        spec = node.meta.get("qoqc")
-        if isinstance(spec, LinearSpec):
-            found[Wanted("w4a8_linear", spec)] = None
-        if is_call(node, ops.kv4_append):
-            k_pages, v_pages, kv_words, table = (example(arg) for arg in node.args[:4])
-            bits: Any = argument(node, 7, "bits")
-            cache = attention.kv_spec_of(k_pages, v_pages, kv_words, table, bits)
-            found[Wanted("kv_append", cache)] = None
-        if is_call(node, ops.kv4_round):
-            rounding: Any = argument(node, 1, "bits")
-            found[Wanted("kv_round", kv_round.spec_of(example(node.args[0]), rounding))] = None
-        if is_call(node, ops.kv4_attention):
-            found.update(dict.fromkeys(_attention(node)))
-        if is_call(node, ops.kv4_rotate_append):
-            append: Any = rotate_append_call.Append(*_values(node))
-            found[Wanted("kv_rotate_append", rotate_append_call.spec_of(append))] = None
-        if is_call(node, ops.kv4_decode):
-            step: Any = step_spec.Step(*_values(node))
-            decode = step_spec.spec_of(step)
-            names = ("step_append", "step_attend", "step_combine")
-            # many sequences have their parts added up where they meet, which takes one kernel less
-            found.update(dict.fromkeys(Wanted(name, decode) for name in names))
+    found = {kernel: None for node in gm.graph.nodes for kernel in kernels_of(node)}
+    found.update({few_kernel(each): None for each in pairs(gm.graph)})
     return list(found)
+
+
+def sampling_kernels(vocabulary: int) -> list[Wanted]:
+    """What a server and generate(top_p=...) choose tokens with, which is in no graph."""
+    specs = (SampleSpec(vocabulary, True, True, True), SampleSpec(vocabulary, has_top_p=True))
+    return [Wanted("sample_scores", spec) for spec in specs]
+
+
+def few_kernel(pair: Pair) -> Wanted:
+    """What takes the place of both of a pair's kernels where tokens are few."""
+    norm = None
+    if is_call(pair.quantizer, ops.norm_quant):
+        norm = norm_call.call_of(*_values(pair.quantizer)).spec
+    return Wanted(few_call.OP, few_call.FewSpec(pair.linear.meta["qoqc"], norm))
+
+
+def kernels_of(node: Node) -> list[Wanted]:
+    """The kernels behind one node of a rewritten graph; none where it is no op of qoqc's."""
+    spec = node.meta.get("qoqc")
+    if isinstance(spec, LinearSpec):
+        return [Wanted("w4a8_linear", spec)]
+    make = _MAKERS.get(node.target) if node.op == "call_function" else None
+    return [] if make is None else make(node)
+
+
+def _quantize(node: Node) -> list[Wanted]:
+    x = example(node.args[0])
+    return [Wanted("quantize", QuantizeSpec(int(x.shape[-1]), x.dtype))]
+
+
+def _norm_quant(node: Node) -> list[Wanted]:
+    return [Wanted("norm_quantize", norm_call.call_of(*_values(node)).spec)]
+
+
+def _act_quant(node: Node) -> list[Wanted]:
+    gate, up, kind = _values(node)
+    return [Wanted("act_quantize", act_quantize.spec_of(gate, up, kind))]
+
+
+def _append(node: Node) -> list[Wanted]:
+    k_pages, v_pages, kv_words, table = (example(arg) for arg in node.args[:4])
+    bits: Any = argument(node, 7, "bits")
+    return [Wanted("kv_append", attention.kv_spec_of(k_pages, v_pages, kv_words, table, bits))]
+
+
+def _round(node: Node) -> list[Wanted]:
+    bits: Any = argument(node, 1, "bits")
+    return [Wanted("kv_round", kv_round.spec_of(example(node.args[0]), bits))]
+
+
+def _rotate_append(node: Node) -> list[Wanted]:
+    append: Any = rotate_append_call.Append(*_values(node))
+    return [Wanted("kv_rotate_append", rotate_append_call.spec_of(append))]
+
+
+def _decode(node: Node) -> list[Wanted]:
+    step: Any = step_spec.Step(*_values(node))
+    spec = step_spec.spec_of(step)
+    # many sequences have their parts added up where they meet, which takes one kernel less;
+    # step_append is for tiles without FUSED, which no heuristic chooses
+    return [Wanted(name, spec) for name in ("step_attend", "step_combine")]
 
 
 def _values(node: Node) -> list[Any]:
@@ -109,6 +140,18 @@ def _attention(node: Node) -> list[Wanted]:
     if call.rows > attention_decode.MAX_ROWS:
         return [Wanted("attention_prefill", spec)]
     return [Wanted("attention_decode", spec), Wanted("attention_combine", spec)]
+
+
+_MAKERS: dict[Any, Callable[[Node], list[Wanted]]] = {
+    ops.quantize_act: _quantize,
+    ops.norm_quant: _norm_quant,
+    ops.act_quant: _act_quant,
+    ops.kv4_append: _append,
+    ops.kv4_round: _round,
+    ops.kv4_attention: _attention,
+    ops.kv4_rotate_append: _rotate_append,
+    ops.kv4_decode: _decode,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +195,13 @@ def choices(kernels: Sequence[Wanted], keys: Sequence[DeviceKey]) -> list[Choice
     found = []
     texts: dict[tuple[str, Any, Tile], str] = {}
     for kernel in kernels:
-        op = OPS[kernel.op]
         for key in keys:
+            if not runs(kernel.op, kernel.spec, key):
+                continue
+            op = OPS[kernel.op]
             for size in SIZES:
+                if kernel.op == few_call.OP and size > few_call.MAX_TOKENS:
+                    continue
                 family, tile = known(op, kernel.spec, size, key)
                 in_table = table.look_up(op, kernel.spec, bucket(size), key) is not None
                 same = (family.name, kernel.spec, tile)

@@ -31,6 +31,10 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 KERNELS = "qoqc/kernels"
 TUNING = "qoqc/tuning"
+GRAPHS = "qoqc/graphs"
+ASIDE = (KERNELS, TUNING, GRAPHS)
+"""Folders that loading needs nothing of: a file may be missing, and must be sound if it is not."""
+
 CARD = "README.md"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -110,7 +114,8 @@ class Manifest:
     shards        the weight files by name, each with what tells it from another cheaply
     base_model    what was compiled, as the user named it
     kernels       the generated kernels: file, op, form, spec, size, tile, device
-    graphs        per captured graph: name, counts, refusals
+    graphs        per captured graph: name, counts, refusals, the file it is written out in, and of
+                  the first of a decode step the kernels it launches, by layer
     bytes_before  size of all parameters in the model that was compiled
     bytes_after   size of the stored tensors
     files         SHA-256 of every other file, by path
@@ -182,12 +187,21 @@ class Manifest:
         if directory.parent.name == "snapshots":
             optional = files.keys() - {CONFIG, *self.shards}
         else:
-            optional = {name for name in files if name.startswith((KERNELS, TUNING))}
+            optional = {name for name in files if name.startswith(ASIDE)}
         return verify_files(directory, files, self.shards, mode, optional=optional)
 
     def tuning_tables(self, directory: Path) -> list[Path]:
         """The files with tuning entries; one made again or not asked of the Hub may be missing."""
         return [directory / name for name in sorted(self.files) if name.startswith(f"{TUNING}/")]
+
+    def listings(self, directory: Path) -> list[Path]:
+        """The files with graphs written out that are there, in the order of the graphs."""
+        named = [str(graph.get("file")) for graph in self.graphs]
+        return [
+            directory / name
+            for name in named
+            if name in self.files and (directory / name).is_file()
+        ]
 
     @classmethod
     def _of(cls, body: dict[str, Any]) -> Manifest:
@@ -204,6 +218,8 @@ class Manifest:
         for name, kind in (("graphs", list), ("kernels", list), ("recipe", dict), ("gate", dict)):
             if not (isinstance(body[name], kind) or (kind is dict and body[name] is None)):
                 raise ValueError(f"{name} is not a {kind.__name__}")
+        for graph in body["graphs"]:
+            _check_graph(graph)
         if not all(type(body[name]) is int for name in ("bytes_before", "bytes_after")):
             raise ValueError("sizes are not integers")
         weights = {name: WeightEntry.read(name, raw) for name, raw in body.pop("weights").items()}
@@ -212,6 +228,18 @@ class Manifest:
         if not shards.keys() <= body["files"].keys():
             raise ValueError("a weight file has no checksum")
         return cls(weights=weights, shards=shards, **body)
+
+
+def _check_graph(graph: dict[str, Any]) -> None:
+    """ValueError or the like if an entry of `graphs` cannot be shown."""
+    kinds = {"graph": str, "counts": dict, "refusals": list}
+    launches = graph.get("launches")
+    sound = all(isinstance(graph[name], kind) for name, kind in kinds.items())
+    sound &= all({"name", "reason", "kept"} <= refusal.keys() for refusal in graph["refusals"])
+    if launches is not None:
+        sound &= isinstance(launches["device"], str) and isinstance(launches["layers"], list)
+    if not sound:
+        raise ValueError("an entry of graphs is not one")
 
 
 def graph_entry(report: Report) -> dict[str, Any]:

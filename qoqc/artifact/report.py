@@ -24,14 +24,18 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """The page loads nothing and runs nothing, whatever the manifest says."""
 
 
-def report(manifest: Manifest, name: str) -> str:
-    """The page about the artifact `name`. Every text of the manifest is escaped."""
+def report(manifest: Manifest, name: str, listings: Mapping[str, str] | None = None) -> str:
+    """The page about the artifact `name`; `listings` are its graphs as text, by file.
+
+    Every text is escaped.
+    """
     sections = [
         _head(manifest, name),
         _section("Accuracy", _accuracy(manifest.gate)),
         _section("Sizes", _sizes(manifest)),
         _section("Passes", _passes(manifest)),
         _section("Left in 16 bit", _refusals(manifest)),
+        _section("Graphs", _graphs(manifest, listings or {})),
         _section("Layers", _layers(manifest.recipe)),
         _section("Kernels", _kernels(manifest.kernels)),
         _section("Packed weights", _folded(f"{len(manifest.weights)} linears", _weights(manifest))),
@@ -101,6 +105,21 @@ def _refusals(manifest: Manifest) -> str:
         (r["name"], r["reason"], "by a rule" if r["kept"] else "not supported") for r in found
     )
     return _table(("node", "reason", "why"), rows) if rows else "<p>Nothing.</p>"
+
+
+def _graphs(manifest: Manifest, listings: Mapping[str, str]) -> str:
+    """Each graph behind the passes, folded up, and what a decode step launches."""
+    parts = [
+        _folded(file, f'<div class="scroll"><pre>{escape(text)}</pre></div>')
+        for file, text in listings.items()
+    ]
+    for graph in manifest.graphs:
+        found = graph.get("launches")
+        if found is not None:
+            lines = "\n".join(map(str, found["layers"]))
+            parts.append(f"<p>A decode step of one sequence on {escape(str(found['device']))}:</p>")
+            parts.append(f'<div class="scroll"><pre>{escape(lines)}</pre></div>')
+    return "\n".join(parts) or "<p>Not written out.</p>"
 
 
 def _layers(recipe: Mapping[str, Any] | None) -> str:

@@ -20,7 +20,10 @@ import torch
 
 from qoqc.artifact.folder import locked, publish, require_free
 from qoqc.artifact.kernel_files import write_kernels
+from qoqc.artifact.kernel_sources import devices
+from qoqc.artifact.launches import summary
 from qoqc.artifact.manifest import (
+    GRAPHS,
     Manifest,
     WeightEntry,
     graph_entry,
@@ -121,7 +124,7 @@ def _write(
         weights=tensors.weights,
         tensors=tensors.plain,
         aliases=tensors.aliases,
-        graphs=[graph_entry(report) for report in found.reports],
+        graphs=_write_graphs(found, model.device, draft),
         bytes_before=tensors.bytes_before,
         bytes_after=sum(t.numel() * t.element_size() for t in tensors.stored.values()),
         files={},
@@ -132,6 +135,24 @@ def _write(
         gate=extras.gate,
     )
     return complete(manifest, draft)
+
+
+def _write_graphs(found: Survey, device: torch.device, draft: Path) -> list[dict[str, Any]]:
+    """Write the graphs as text below `draft`; returns the manifest's entries for them."""
+    (draft / GRAPHS).mkdir(parents=True)
+    entries: list[dict[str, Any]] = []
+    for report, text in zip(found.reports, found.listings, strict=True):
+        before = sum(entry["graph"] == report.graph for entry in entries)
+        name = f"{report.graph}-{before + 1}" if before else report.graph
+        entry = {**graph_entry(report), "file": f"{GRAPHS}/{name}.txt"}
+        if name == "decode":
+            entry["launches"] = {
+                "device": devices(device)[-1].name,
+                "layers": summary(found.launches),
+            }
+        (draft / entry["file"]).write_text(text)
+        entries.append(entry)
+    return entries
 
 
 @dataclasses.dataclass

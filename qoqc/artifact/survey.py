@@ -12,12 +12,15 @@ import torch
 from torch.fx import GraphModule
 from torch.nn import Parameter
 
-from qoqc.artifact.kernel_sources import Wanted, wanted
+from qoqc.artifact.kernel_sources import Wanted, devices, sampling_kernels, wanted
+from qoqc.artifact.launches import LayerLaunches, launches
+from qoqc.artifact.listing import listing
 from qoqc.config import Options
 from qoqc.errors import QoqcError, Unsupported
 from qoqc.passes import manager
 from qoqc.passes.context import Context
 from qoqc.pipeline import Report
+from qoqc.runtime.device import DeviceKey
 from qoqc.runtime.dynamo import copy_graph
 from qoqc.runtime.kv_cache import KV4Cache
 from qoqc.runtime.weights import STORE, Bundle, GroupSize, WeightRef, WeightStore
@@ -25,17 +28,29 @@ from qoqc.runtime.weights import STORE, Bundle, GroupSize, WeightRef, WeightStor
 PROMPT = 4
 """Tokens of the captured prefill: any number above 1, which Dynamo would specialize on."""
 
+TITLES = {
+    "prefill": f"prefill: {PROMPT} tokens of one sequence",
+    "decode": f"decode: the next token of one sequence, after {PROMPT}",
+}
+
 Progress = Callable[[int, int], None]
 """Called with (weights packed so far, weights in the graph)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """The outcome: a report per graph, the weights that are packed, the kernels they need."""
+    """The outcome: a report per graph, the weights that are packed, the kernels they need.
+
+    listings  the graphs of the reports behind the passes, as text to read
+    launches  what a decode step of one sequence launches per layer, on the model's GPU or, where
+              it has none, on the last of the NOMINAL ones
+    """
 
     reports: tuple[Report, ...]
     weights: tuple[WeightRef, ...]
     kernels: tuple[Wanted, ...]
+    launches: tuple[LayerLaunches, ...]
+    listings: tuple[str, ...]
 
 
 def survey(model: Any, options: Options, progress: Progress | None = None) -> Survey:
@@ -48,7 +63,7 @@ def survey(model: Any, options: Options, progress: Progress | None = None) -> Su
     STORE.note_tables_of(model)
     # an artifact keeps the head in 16 bit: it is packed after loading, as its options say
     options = dataclasses.replace(options, lm_head="16")
-    collector = _Collector(options, progress)
+    collector = _Collector(options, progress, devices(model.device)[-1])
     # Dynamo keeps compiled code with the code object and counts it there against a limit: one of
     # its own takes both along when the survey is over
     step = types.FunctionType(_forward.__code__.replace(), _forward.__globals__)
@@ -67,7 +82,14 @@ def survey(model: Any, options: Options, progress: Progress | None = None) -> Su
     if not collector.reports:
         raise Unsupported(f"{type(model).__name__}: Dynamo captured no graph of its forward")
     weights = tuple(collector.weights.values())
-    return Survey(tuple(collector.reports), weights, tuple(collector.kernels))
+    kernels = (*collector.kernels, *sampling_kernels(int(output.logits.shape[-1])))
+    return Survey(
+        tuple(collector.reports),
+        weights,
+        kernels,
+        tuple(collector.launches),
+        tuple(collector.listings),
+    )
 
 
 def _forward(self: Any, **kwargs: Any) -> Any:
@@ -94,15 +116,18 @@ class _Collector:
     It keeps facts, not contexts: Dynamo holds on to its backends for as long as to the code.
     """
 
-    def __init__(self, options: Options, progress: Progress | None) -> None:
+    def __init__(self, options: Options, progress: Progress | None, device: DeviceKey) -> None:
         """Run the passes with `options`, telling `progress` about packed weights."""
         self.stage = ""
         self.reports: list[Report] = []
         self.weights: dict[int, WeightRef] = {}
         self.kernels: dict[Wanted, None] = {}
+        self.launches: list[LayerLaunches] = []
+        self.listings: list[str] = []
         self.error: QoqcError | None = None
         self._options = options
         self._progress = progress
+        self._device = device
 
     def backend(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Called by Dynamo, once per graph."""
@@ -126,6 +151,9 @@ class _Collector:
                 param = ctx.values[node]
                 self.weights[id(param)] = WeightRef(param, transposed, name)
         self.kernels.update(dict.fromkeys(wanted(gm)))
+        self.listings.append(listing(gm, ctx, TITLES[self.stage]))
+        if self.stage == "decode":
+            self.launches += launches(gm, self._device)
         seconds = time.perf_counter() - start
         report = Report(self.stage, dict(ctx.counts), tuple(ctx.refusals), seconds)
         self.reports.append(report)

@@ -1,7 +1,8 @@
 """The commands, their options, and what an error looks like: one line on stderr, exit code 2.
 
 Commands import what they need when they run: torch and transformers take seconds to import, and
-`qoqc --help` should not.
+`qoqc --help` should not. Those that run models do so without the garbage collector, which would
+take another second.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from qoqc.cli.options import (
     Strict,
 )
 from qoqc.cli.serve_command import serve_command
-from qoqc.errors import QoqcError
+from qoqc.errors import own_error
+from qoqc.importing import without_collector
 
 app = typer.Typer(
     name="qoqc",
@@ -88,8 +90,9 @@ def compile_command(
 
     With --calibrate by the QoQ algorithm, and judged next to the 16-bit model; else rounded.
     """
-    from qoqc.cli.calibration import Settings  # noqa: PLC0415  slow to import, see above
-    from qoqc.cli.compile import Files, run  # noqa: PLC0415  slow to import, see above
+    with without_collector(freeze=True):
+        from qoqc.cli.calibration import Settings  # noqa: PLC0415  slow to import, see above
+        from qoqc.cli.compile import Files, run  # noqa: PLC0415  slow to import, see above
 
     raw = {"group_size": group_size, "kv_bits": kv_bits, "exclude": exclude, "strict": strict}
     settings = Settings(calibrate, recipe, samples, seq, seed, eval_text, max_ppl_increase)
@@ -113,7 +116,8 @@ def chat_command(
     require_cached: RequireCached = False,
 ) -> None:
     """Talk to a model. /reset forgets the conversation, /exit (or Ctrl-D) leaves."""
-    from qoqc.cli.chat import Settings, run  # noqa: PLC0415  slow to import, see above
+    with without_collector(freeze=True):
+        from qoqc.cli.chat import Settings, run  # noqa: PLC0415  slow to import, see above
 
     settings = Settings(max_new_tokens, temperature, seed)
     run(model, prompt, settings, device=device, glue=glue, require_cached=require_cached)
@@ -132,7 +136,8 @@ def inspect_command(
     ] = None,
 ) -> None:
     """What qoqc makes of a model: structure, counts by pass, what stays in 16 bit, sizes."""
-    from qoqc.cli.inspect import run  # noqa: PLC0415  slow to import, see above
+    with without_collector(freeze=True):
+        from qoqc.cli.inspect import run  # noqa: PLC0415  slow to import, see above
 
     raw = {"group_size": group_size, "kv_bits": kv_bits, "exclude": exclude}
     run(model, raw, device=device, dtype=dtype, html=html)
@@ -175,7 +180,8 @@ def eval_command(
 
     A model that is not an artifact is quantized first, by rounding to nearest; --plain leaves it.
     """
-    from qoqc.cli.eval import Settings, run  # noqa: PLC0415  slow to import, see above
+    with without_collector(freeze=True):
+        from qoqc.cli.eval import Settings, run  # noqa: PLC0415  slow to import, see above
 
     settings = Settings(text, seq, tokens, bos, plain, baseline, max_ppl_increase)
     given = {"group_size": group_size, "kv_bits": kv_bits, "lm_head": lm_head}
@@ -311,12 +317,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def message_of(error: BaseException) -> str | None:
     """The line a user should read for `error`; None if it is a bug and needs its traceback."""
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, QoqcError):
-            return " ".join(str(link).split())
-        # Dynamo wraps what a backend raises
-        link = getattr(link, "inner_exception", None) or link.__cause__
+    own = own_error(error)
+    if own is not None:
+        return " ".join(str(own).split())
     if isinstance(error, OSError):
         return " ".join(str(error).split())
     # usage errors: newer typers carry a copy of click, so there is no one class to name

@@ -10,6 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qoqc.artifact.kernel_sources import devices
+from qoqc.artifact.launches import summary
 from qoqc.artifact.manifest import Manifest, graph_entry, is_artifact
 from qoqc.artifact.report import report
 from qoqc.artifact.survey import Survey, survey
@@ -41,7 +43,12 @@ def run(
     if is_artifact(Path(model_name)):
         _artifact(Path(model_name))
         if html is not None:
-            page = report(Manifest.read(Path(model_name)), Path(model_name).resolve().name)
+            manifest = Manifest.read(Path(model_name))
+            listings = {
+                str(path.relative_to(model_name)): path.read_text(encoding="utf-8")
+                for path in manifest.listings(Path(model_name))
+            }
+            page = report(manifest, Path(model_name).resolve().name, listings)
             Path(html).write_text(page, encoding="utf-8")
             print(f"{html}: the same as a page")
         return
@@ -60,6 +67,15 @@ def run(
     print(f"{model_name}: {type(model).__name__}")
     _show_structure(structure)
     _show(len(found.weights), graphs, before, after)
+    _show_launches({"device": devices(where)[-1].name, "layers": summary(found.launches)})
+
+
+def _show_launches(found: Mapping[str, Any] | None) -> None:
+    """What a decode step launches, as a manifest has it; of other graphs nothing."""
+    if found is not None:
+        print(f"a decode step of one sequence on {found['device']}:")
+        for line in found["layers"]:
+            print(f"  {line}")
 
 
 def size(count: int) -> str:
@@ -85,6 +101,10 @@ def _artifact(directory: Path) -> None:
         manifest.bytes_before,
         manifest.bytes_after,
     )
+    for graph in manifest.graphs:
+        _show_launches(graph.get("launches"))
+    for path in manifest.listings(directory):
+        print(f"the graph behind the passes: {path}")
     show_artifact(manifest, str(directory))
     print("options:", ", ".join(f"{name}={value}" for name, value in manifest.options.items()))
     print("made with:", versions)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qoqc.cli.options import AnyArgument, Device, Dtype, RequireCached
+from qoqc.importing import without_collector
 
 
 def serve_command(
@@ -64,7 +65,8 @@ def serve_command(
 
     Also /health and /metrics. SIGTERM lets open requests finish.
     """
-    from qoqc.cli.serve import EngineSettings, run  # noqa: PLC0415  slow to import, see app.py
+    with without_collector(freeze=True):
+        from qoqc.cli.serve import EngineSettings, run  # noqa: PLC0415  slow to import, see app.py
 
     engine = EngineSettings(max_requests, max_step_tokens, pages, memory, greedy, plain)
     limits = {

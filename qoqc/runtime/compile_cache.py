@@ -24,6 +24,7 @@ import torch
 
 from qoqc.config import cache_dir, private_cache_dir
 from qoqc.log import get_logger
+from qoqc.runtime import compile_probes
 from qoqc.runtime.device import device_key
 from qoqc.runtime.dynamo import driver_version, inductor_directory
 
@@ -118,6 +119,7 @@ def activate(device: torch.device) -> Path | None:
         evict(root, folder)
     os.utime(folder / PARTS)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    compile_probes.keep_in(folder)
     return folder
 
 

@@ -7,7 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
+from qoqc.codegen.tuning.choose import BUCKETS
 from qoqc.ir.spec import PAGE
+
+WARM_TOKENS = 17
+"""Of a prompt that compiles a graph: not as many as the rows of logits of one request."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +53,15 @@ def in_window(queries: torch.Tensor, keys: int, window: int) -> torch.Tensor:
     """
     key = torch.arange(keys, device=queries.device)
     return (key > queries[..., None] - window)[:, None]
+
+
+def warm_sizes(most: int, device: torch.device) -> list[int]:
+    """The tokens of steps with prompts, `most` at most, that leave nothing to compile for others.
+
+    On a GPU tiles are chosen by the next power of two, and kernels compiled apart for numbers of
+    tokens that are no multiple of 16.
+    """
+    if device.type != "cuda":
+        return [min(WARM_TOKENS, most)]
+    sizes = {size for bucket in BUCKETS for size in (bucket - 1, bucket)} | {most - 1, most}
+    return sorted(size for size in sizes if 2 <= size <= most)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from qoqc.artifact.checked import Shard
 from qoqc.artifact.folder import checksum, files_below
 from qoqc.artifact.load import load_model
-from qoqc.artifact.manifest import FORMAT, KERNELS, PATH, Manifest, _digest
+from qoqc.artifact.manifest import ASIDE, FORMAT, KERNELS, PATH, Manifest, _digest
 from qoqc.artifact.save import save
 from qoqc.errors import QoqcError
 from qoqc.testing import tiny_model
@@ -75,7 +75,7 @@ def transformers(directory: Path) -> Any:
 def some_file(directory: Path, rng: random.Random) -> Path:
     """Any file; the manifest, the config and the weights more often."""
     files = files_below(directory)
-    important = [path for name, path in files.items() if not name.startswith(KERNELS)]
+    important = [path for name, path in files.items() if not name.startswith(ASIDE)]
     return rng.choice(important if rng.random() < 0.8 else list(files.values()))
 
 
@@ -166,7 +166,16 @@ def wrong_entry(directory: Path, rng: random.Random) -> None:
     def change(body: dict[str, Any]) -> None:
         owner: Any = body
         key: Any = rng.choice(
-            ["architecture", "options", "weights", "tensors", "aliases", "files", "shards"]
+            [
+                "architecture",
+                "options",
+                "weights",
+                "tensors",
+                "aliases",
+                "files",
+                "shards",
+                "graphs",
+            ]
         )
         while isinstance(owner[key], (dict, list)) and owner[key] and rng.random() < 0.8:
             owner = owner[key]

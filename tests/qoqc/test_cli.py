@@ -223,6 +223,7 @@ def test_inspect(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "35 linears in 4 bit, 1 left in 16 bit" in text
         assert "model.embed_tokens: shares its weight with the embedding" in text
         assert "weights: 8.0 MB -> 3.7 MB" in text
+    assert "a decode step of one sequence on H100:\n  model.layers.0 to model.layers." in model
     assert "group_size=128" in made
     assert "recipe: rounded to nearest, not judged" in made
     assert "files verified" in made

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +112,22 @@ def test_key_is_the_first_line_of_its_file(tmp_path: Path) -> None:
 def test_names_for_clients(tmp_path: Path) -> None:
     assert serve.default_name(str(MODEL)) == serve.default_name(f"{MODEL}/") == MODEL.name
     assert serve.default_name("owner/model") == "owner/model"
+
+
+@pytest.mark.slow
+def test_what_is_not_cached_ends_the_start(tmp_path: Path) -> None:
+    """transformers logs what fails in a warm-up, and goes on with what that left in the cache."""
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    command = ["serve", str(MODEL), "--port", "0", "--require-cached", "--pages", "8"]
+    result = subprocess.run(
+        [sys.executable, "-m", "qoqc", *command],
+        capture_output=True,
+        text=True,
+        env={**environment, "QOQC_CACHE": str(tmp_path)},
+        timeout=500,
+    )
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("qoqc: error: graph000 was not in the cache of compiled graphs")
+    assert " at http://" not in result.stdout + result.stderr

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 import qoqc
-from qoqc import pipeline
-from qoqc.errors import OptionError, Unsupported
+from qoqc import backend, pipeline
+from qoqc.errors import NotCached, OptionError, Unsupported
 from qoqc.serve.engine import engine, install, kv_specs
 from qoqc.testing import tiny_model
 
@@ -289,3 +289,20 @@ def test_an_engine_starts_again(tiny: Any, some: Any, running: Any, results: Any
         name = made.add_request(prompt, max_new_tokens=5)
         assert results(made, [name])[name].generated_tokens == before
         assert made.free_pages == made.total_pages == 10
+
+
+def test_what_fails_in_the_warm_up_is_an_error(
+    host: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers logs it and goes on: to the first request, which would meet it again."""
+
+    def compile_graph(*_: Any) -> None:
+        raise NotCached("graph000 was not in the cache")
+
+    torch._dynamo.reset()  # or the code of another such model is met
+    monkeypatch.setattr(backend, "compile_graph", compile_graph)
+    model = qoqc.compile(tiny_model("llama"), glue="eager", prefill_kv="quantized")
+    made = engine(model, num_pages=4)
+    with pytest.raises(NotCached, match="graph000 was not in the cache"):
+        made.warmup()
+    made.stop()

@@ -18,7 +18,7 @@ from qoqc.serve import attention
 from qoqc.serve.pages import PADDING_PAGE, PageBytes, Pages
 from qoqc.serve.ragged import RaggedStep, Rows
 from qoqc.serve.tiled import TiledStep
-from qoqc.serve.work import Work, in_window
+from qoqc.serve.work import Work, in_window, warm_sizes
 
 CPU = torch.device("cpu")
 HEADS = 4
@@ -183,3 +183,10 @@ def test_pages_are_copied_as_the_rows_of_one_matrix() -> None:
             assert torch.equal(tensor[2], tensor[1])
             assert torch.equal(tensor[0], tensor[3])
             assert not torch.equal(tensor[0], tensor[1])
+
+
+def test_a_gpu_is_warmed_up_for_every_choice_of_tiles() -> None:
+    sizes = warm_sizes(100, torch.device("cuda"))
+    assert sizes == [2, 3, 4, 7, 8, 15, 16, 31, 32, 63, 64, 99, 100]
+    assert warm_sizes(8192, torch.device("cuda"))[-2:] == [8191, 8192]
+    assert warm_sizes(8, torch.device("cpu")) == [8]

@@ -100,7 +100,7 @@ def test_too_many_requests_are_told_when_to_come_back(narrow: Any) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_client_that_goes_away_frees_its_place(narrow: Any, stream: bool) -> None:
-    before = cancelled(narrow)
+    before, tokens = cancelled(narrow), generated(narrow)
     host, port = narrow.url.removeprefix("http://").split(":")
     body = json.dumps({**LONG, "extra_body": None, "ignore_eos": True, "stream": stream})
     body = body.replace('"extra_body": null, ', "")
@@ -110,9 +110,10 @@ def test_client_that_goes_away_frees_its_place(narrow: Any, stream: bool) -> Non
         if stream:
             assert b" 200 " in connection.recv(100)
         else:
-            wait_until(lambda: narrow.service.open_requests == 1)
+            wait_until(lambda: has_tokens(narrow, 3))
     narrow.settle()
     assert cancelled(narrow) == before + 1
+    assert generated(narrow) >= tokens + (1 if stream else 3)
 
 
 def test_timeout_cancels_the_request(launch: Any) -> None:
@@ -226,7 +227,23 @@ def test_dead_engine_is_503_and_unhealthy(launch: Any) -> None:
 
 def cancelled(live: Any) -> float:
     """The count of requests that ended because the client left."""
-    name = 'qoqc_requests_total{outcome="cancelled",route="completions"} '
+    return metric(live, 'qoqc_requests_total{outcome="cancelled",route="completions"} ')
+
+
+def generated(live: Any) -> float:
+    """The count of tokens generated."""
+    return metric(live, "qoqc_generated_tokens_total ")
+
+
+def has_tokens(live: Any, count: int) -> bool:
+    """Whether the newest request is the engine's, and has so many tokens."""
+    driver = live.service.driver
+    output = driver.so_far(f"serve-{driver._numbers}")
+    return output is not None and len(output.generated_tokens) >= count
+
+
+def metric(live: Any, name: str) -> float:
+    """A figure of /metrics, by the beginning of its line; 0 if it is not there."""
     text = live.request("GET", "/metrics").body.decode()
     found = [line for line in text.splitlines() if line.startswith(name)]
     return float(found[0].split()[-1]) if found else 0.0

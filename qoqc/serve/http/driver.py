@@ -56,7 +56,7 @@ class Generation:
         self.job = job
         self.name = name
         self.count = 0
-        """Tokens that the engine delivered, taken or not."""
+        """Tokens that the engine delivered, taken or not; once cancelled, that it made."""
         self.times: list[float] = []
         """When tokens came, by time.perf_counter."""
         self.done = False
@@ -91,6 +91,11 @@ class Generation:
     def cancel(self) -> None:
         """Stop generating and give the pages back; nothing if it is done."""
         if not self.done:
+            if not self.job.is_watched:
+                # the engine delivers nothing of a request that it drops
+                so_far = self._driver.so_far(self.name)
+                if so_far is not None:
+                    self.receive(so_far)
             self.done = True
             self._driver.cancel(self.name)
 
@@ -182,6 +187,19 @@ class Driver:
         """Used by Generation.cancel."""
         self._manager.cancel_request(name)
         self._forget(name)
+
+    def so_far(self, name: str) -> Any:
+        """A GenerationOutput with the tokens a request has now, None before it has its first.
+
+        The engine's thread may be about to add one.
+        """
+        processor = self._manager.batch_processor
+        if processor is None:
+            return None
+        scheduler = processor.scheduler
+        # one that was put off waits, and keeps its tokens
+        state = scheduler.active_requests.get(name) or scheduler.waiting_requests.get(name)
+        return None if state is None else state.to_generation_output()
 
     def pages(self) -> Pages:
         """Pages now; no pages at all before the engine has its cache."""

@@ -8,6 +8,7 @@ from typing import Any
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.utils import stream_context
 
+from qoqc.errors import QoqcError, own_error
 from qoqc.runtime.dynamo import vary
 from qoqc.serve import attention
 from qoqc.serve.ragged import RaggedStep, Rows
@@ -95,6 +96,12 @@ class PagedForward:
     def __init__(self, model: Any, inputs: Inputs) -> None:
         self._model = model
         self._inputs = inputs
+        self._failure: QoqcError | None = None
+
+    def require_no_failure(self) -> None:
+        """Raise the last error of qoqc's that a call raised, whoever caught it."""
+        if self._failure is not None:
+            raise self._failure
 
     def __call__(self, input_ids: Any, position_ids: Any, **batch: Any) -> Any:
         """The model's output for a batch of `Inputs.get_model_kwargs`."""
@@ -104,10 +111,14 @@ class PagedForward:
         # one graph for all numbers of tokens and of logit rows, from the first step on
         for tensor in (input_ids, position_ids, *wanted.values()):
             vary(tensor, tensor.dim() - 1)
-        with attention.running(step):
-            return self._model(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False, **wanted
-            )
+        try:
+            with attention.running(step):
+                return self._model(
+                    input_ids=input_ids, position_ids=position_ids, use_cache=False, **wanted
+                )
+        except Exception as error:
+            self._failure = own_error(error)
+            raise
 
     def _supports_logits_to_keep(self) -> bool:
         return bool(self._model._supports_logits_to_keep())

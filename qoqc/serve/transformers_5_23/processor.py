@@ -8,10 +8,9 @@ import torch
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
+from qoqc.ir.spec import PAGE
 from qoqc.serve.transformers_5_23.inputs import Inputs, PagedForward
-
-WARM_TOKENS = 17
-"""Of a prompt that compiles a graph: not as many as the rows of logits of one request."""
+from qoqc.serve.work import warm_sizes
 
 
 class Processor(ContinuousBatchProcessor):
@@ -45,10 +44,15 @@ class Processor(ContinuousBatchProcessor):
 
     @torch.no_grad()
     def warmup(self, model: Any) -> None:
-        """Compile the model for steps, and capture CUDA graphs if there are to be any."""
+        """Compile the model for steps, and capture CUDA graphs if there are to be any.
+
+        Raises the error of qoqc's, if there was one; transformers logs it, and would go on.
+        """
+        most = min(self.max_batch_tokens, PAGE * self.cache.free_pages)
         forward = PagedForward(model, self.inputs_and_outputs)
-        super().warmup(forward)
-        if not self.model_runner.pad_inputs:  # without graphs transformers sees nothing to do
-            tokens = min(WARM_TOKENS, self.max_batch_tokens)
+        super().warmup(forward)  # without graphs to be captured transformers sees nothing to do
+        for tokens in warm_sizes(most, self.model_device):
+            forward.require_no_failure()
             self.model_runner.run_one_warmup(forward, num_q_tokens=tokens, max_kv_read=0)
-            self.cache.reset()
+        self.cache.reset()
+        forward.require_no_failure()
