@@ -103,7 +103,7 @@ def gpu_runs(name: str, key: DeviceKey) -> Iterator[Run]:
             yield Run(name, work, form.name, "; ".join([f"by {source}", *reasons]))
     for work in ("quantize", "kv_append", "attention_decode", "attention_prefill"):
         forms = " or ".join(form.name for form in OPS[work].forms)
-        why = "its only form" if len(OPS[work].forms) == 1 else "the first that takes the heads"
+        why = "its only form" if len(OPS[work].forms) == 1 else "the last, unless a search chose"
         yield Run(name, work.replace("_", " "), forms, why)
 
 
