@@ -37,7 +37,7 @@ from qoqc.codegen.kernels import (
 )
 from qoqc.codegen.tuning import choose
 from qoqc.ir.spec import PAGE
-from qoqc.runtime.device import device_key
+from qoqc.runtime.device import device_key, sm_count
 
 _MODE: choose.Mode = "heuristic"
 _DUMP: str | None = None
@@ -302,7 +302,7 @@ def kv4_attention(
             kernel = kernel_for(OPS["attention_prefill"], spec, seq, device)
             return attention_prefill.launch(kernel, call)
         kernel = kernel_for(OPS["attention_decode"], spec, seq, device)
-        part, stat = attention_decode.launch(kernel, call, _sm_count(device))
+        part, stat = attention_decode.launch(kernel, call, sm_count(device))
         combine = kernel_for(OPS["attention_combine"], spec, seq, device)
         capacity = block_table.shape[1] * PAGE
         return attention_combine.launch(combine, part, stat, length, call.empty_out(), capacity)
@@ -360,11 +360,6 @@ def _device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device_of(x)
-
-
-@functools.cache
-def _sm_count(device: torch.device) -> int:
-    return device_key(device).sm_count
 
 
 @functools.cache

@@ -5,7 +5,6 @@ The template is few_kernel.py, the call few_call.py.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from qoqc.codegen.kernels.few_trial import trial_with
 from qoqc.codegen.kernels.pieces import INTERPRETED_DEVICE, depends_on
 from qoqc.ir.spec import GROUP
 from qoqc.quant.pack import ceil_div
-from qoqc.runtime.device import DeviceKey, device_key
+from qoqc.runtime.device import DeviceKey, may_start_early, sm_count
 
 SMALLEST_BLOCK_K = 1024
 """Input channels of a block at least: a warp has a k tile of its own."""
@@ -48,7 +47,7 @@ def start(kernel: Launch, call: FewCall, outputs: Outputs) -> None:
     norm_residual = x if call.norm_residual is None else call.rows(call.norm_residual)
     y, total, normed = outputs
     kernel(
-        (min(steps, tile["BLOCKS_PER_SM"] * _sm_count(x.device)), tokens),
+        (min(steps, tile["BLOCKS_PER_SM"] * sm_count(x.device)), tokens),
         x,
         x.stride(0),
         norm_residual,
@@ -63,19 +62,9 @@ def start(kernel: Launch, call: FewCall, outputs: Outputs) -> None:
         y,
         total,
         normed,
-        _early(x.device),
+        int(may_start_early(x.device)),
         steps,
     )
-
-
-def _early(device: torch.device) -> int:
-    """1 where weights may be read before the kernel before has ended, as in gemm_hopper.py."""
-    return int(device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-
-
-@functools.cache
-def _sm_count(device: torch.device) -> int:
-    return device_key(device).sm_count
 
 
 def bind(spec: FewSpec, tile: Tile) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from qoqc.codegen.family import Launch, Tile
 from qoqc.codegen.kernels.gemm import GemmCall
 from qoqc.ir.spec import GROUP
 from qoqc.quant.pack import ceil_div
-from qoqc.runtime.device import device_key
+from qoqc.runtime.device import may_start_early, sm_count
 from qoqc.runtime.workspace import zeroed_counters
 
 LINE = 128
@@ -61,7 +61,7 @@ def start(kernel: Launch, call: GemmCall, y: torch.Tensor) -> None:
     tile, device = kernel.tile, call.xq.device
     tokens, features = call.tokens, call.spec.in_features
     channels, k_tiles = call.spec.out_features, ceil_div(features, GROUP)
-    plan = schedule(tokens, channels, k_tiles, tile, _sm_count(device))
+    plan = schedule(tokens, channels, k_tiles, tile, sm_count(device))
     block_m, block_n, rows = tile["BLOCK_M"], tile["BLOCK_N"], tile["ROWS"]
     lines, width = call.qweight.numel() // LINE, y.shape[-1]
     w = descriptor(call.qweight, (lines, LINE), (block_n * GROUP // 2 // LINE, LINE))
@@ -86,7 +86,7 @@ def start(kernel: Launch, call: GemmCall, y: torch.Tensor) -> None:
         tokens,
         channels,
         k_tiles,
-        _early(device),
+        int(may_start_early(device)),
         plan.cut,
         plan.parts,
     )
@@ -94,15 +94,6 @@ def start(kernel: Launch, call: GemmCall, y: torch.Tensor) -> None:
 
 def _workspace(cells: int, unused: torch.Tensor) -> torch.Tensor:
     return torch.empty(cells, dtype=torch.int32, device=unused.device) if cells else unused
-
-
-def _early(device: torch.device) -> int:
-    """1 where weights may be read before the kernel before has ended: while a graph is captured.
-
-    A graph replays long after its weights were written; outside of one, the kernel that packed
-    them may be the one before.
-    """
-    return int(device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def descriptor(tensor: torch.Tensor, shape: tuple[int, int], box: tuple[int, int]) -> Any:
@@ -131,8 +122,3 @@ def _fields_of(dtype: torch.dtype, shape: tuple[int, int], box: tuple[int, int])
         TensorDescriptor(base, [rows, columns], [columns, 1], list(box), layout)
     )
     return fields
-
-
-@functools.cache
-def _sm_count(device: torch.device) -> int:
-    return device_key(device).sm_count

@@ -11,7 +11,7 @@ from qoqc.codegen.kernels.attention import unit_stride
 from qoqc.codegen.kernels.step_schedule import counters_for, grid_for
 from qoqc.codegen.kernels.step_spec import Step, StepSpec
 from qoqc.quant.pack import ceil_div
-from qoqc.runtime.device import device_key
+from qoqc.runtime.device import sm_count
 from qoqc.runtime.workspace import zeroed_counters
 
 SLOTS_PER_SM = 8
@@ -151,5 +151,4 @@ def takes_tiny(bits: int, k_dim: int, dtype: torch.dtype, tile: Tile) -> bool:
 
 def slots_of(device: torch.device, tile: Tile) -> int:
     """Blocks of a tile that the device holds at a time."""
-    sm_count: int = device_key(device).sm_count
-    return sm_count * max(1, SLOTS_PER_SM // tile.num_warps)
+    return sm_count(device) * max(1, SLOTS_PER_SM // tile.num_warps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
@@ -28,3 +29,18 @@ def device_key(device: torch.device) -> DeviceKey:
         props.multi_processor_count,
         int(getattr(props, "shared_memory_per_block_optin")),  # noqa: B009 (not in torch's stubs)
     )
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """The SMs of a device, looked up once: launches ask."""
+    return device_key(device).sm_count
+
+
+def may_start_early(device: torch.device) -> bool:
+    """Whether weights may be read before the kernel before has ended: while a graph is captured.
+
+    A graph replays long after its weights were written; outside of one, the kernel that packed
+    them may be the one before.
+    """
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -90,7 +90,7 @@ def test_what_it_refuses() -> None:
 def test_a_grid_holds_no_more_blocks_than_steps(
     n: int, blocks: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qoqc.codegen.kernels.few_linear._sm_count", lambda device: 132)
+    monkeypatch.setattr("qoqc.codegen.kernels.few_linear.sm_count", lambda device: 132)
     call = random_call(FewSpec(LinearSpec(256, n, 128, BF16)), 2, torch.device("cpu"))
     recorder = Recorder(tile_of(8, 4, 2, blocks, H200))
     start(recorder, call, call.empty_outputs())
@@ -107,17 +107,23 @@ def test_no_token_launches_nothing() -> None:
 
 
 def on_gpu(device: torch.device, spec: FewSpec) -> DeviceKey:
+    """The device's key; only a part with little shared memory may refuse a spec."""
     key = device_key(device)
     if (reason := refuses(spec, key)) is not None:
+        assert "shared memory" in reason and key.arch != 90, reason
         pytest.skip(reason)
     return key
 
 
 def check(call: FewCall, got: Outputs) -> None:
-    """Equal bit for bit without a norm; behind one, but for a token's few borders of rounding."""
+    """Equal bit for bit; silu(gate), and then its product, may each fall to the other side of a
+    border of rounding, and behind a norm an integer may, which a sum over K hardly shows."""
     for result, want in zip(got, definition(call), strict=True):
         if call.norm is None and not call.spec.linear.glu:
             assert torch.equal(result, want)
+        elif call.norm is None:
+            bound = 2 * torch.finfo(result.dtype).eps + 1e-5
+            torch.testing.assert_close(result, want, rtol=bound, atol=1e-30)
         else:
             bound = 1e-2 * want.abs().max().item() if want.numel() else 0.0
             torch.testing.assert_close(result, want, rtol=0.0, atol=bound)
