@@ -33,6 +33,7 @@ log = get_logger("cache")
 FOLDER = "compiled"
 TRITON = "triton"
 PARTS = "key.json"
+ENVIRONMENT = "environment"
 
 MAX_BYTES = 2 << 30
 """Of all keys together; the one in use is not counted out. A decoder's graphs take a few MB."""
@@ -61,7 +62,7 @@ def key_parts(device: torch.device, environment: Mapping[str, str] | None = None
         "torch": f"{torch.__version__} {torch.version.git_version}",
         "triton": _version("triton"),
         "device": _device(device),
-        "environment": json.dumps(switches),
+        ENVIRONMENT: json.dumps(switches),
     }
 
 
@@ -152,23 +153,36 @@ def evict(root: Path, keep: Path, limit: int = MAX_BYTES) -> list[Path]:
 
 
 def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """The parts that differ, each in a few words."""
-    changed = [name for name in new if old.get(name) != new[name]]
-    return [
-        f"{name} (changed)"
-        if len(f"{old.get(name)}{new[name]}") > 100
-        else f"{name}: {old.get(name)} -> {new[name]}"
-        for name in changed
-    ]
+    """The parts that differ, each in a few words; of the environment, which variables."""
+    found = []
+    for name in new:
+        before, after = old.get(name), new[name]
+        if before == after:
+            continue
+        if name == ENVIRONMENT:
+            found.append(f"{name}: {_variables(before, after)}")
+        elif len(f"{before}{after}") > 100:
+            found.append(f"{name} (changed)")
+        else:
+            found.append(f"{name}: {before} -> {after}")
+    return found
+
+
+def _variables(before: str | None, after: str) -> str:
+    old, new = json.loads(before or "{}"), json.loads(after)
+    return ", ".join(
+        f"{name} {old.get(name, 'unset')} -> {new.get(name, 'unset')}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    )
 
 
 def _explain(root: Path, parts: Mapping[str, str]) -> None:
     for folder in keys_in_use(root)[:1]:
         try:
-            old = json.loads((folder / PARTS).read_text())
+            _CHANGED[:] = differences(json.loads((folder / PARTS).read_text()), parts)
         except (OSError, ValueError):
             return
-        _CHANGED[:] = differences(old, parts)
         log.info("graphs are compiled anew%s", changed())
 
 

@@ -177,12 +177,15 @@ def test_keys_used_long_ago_go_first(tmp_path: Path) -> None:
 
 
 def test_differences_are_named() -> None:
-    old = {"torch": "2.11", "environment": "x" * 200, "same": "1"}
-    new = {"torch": "2.12", "environment": "y" * 200, "same": "1", "driver": "5"}
+    old = {"torch": "2.11", "device": "x" * 200, "same": "1"}
+    old["environment"] = json.dumps({"OMP_NUM_THREADS": "4", "TORCH_X": "1", "CC": "gcc"})
+    new = {"torch": "2.12", "device": "y" * 200, "same": "1", "driver": "5"}
+    new["environment"] = json.dumps({"OMP_NUM_THREADS": "8", "CXX": "c++", "CC": "gcc"})
     assert differences(old, new) == [
         "torch: 2.11 -> 2.12",
-        "environment (changed)",
+        "device (changed)",
         "driver: None -> 5",
+        "environment: CXX unset -> c++, OMP_NUM_THREADS 4 -> 8, TORCH_X 1 -> unset",
     ]
 
 
