@@ -36,6 +36,7 @@ class Context:
     bound    placeholder added by a pass -> the tensor qoqc passes for it
     bundles  (bundle, the placeholders of its Parameters), one per packed weight in use
     unfused  what stands in front of a quantized linear and is computed apart: right, but slower
+    tables   the embedding tables, once they have been looked for: no pass changes them
     """
 
     options: Options
@@ -47,6 +48,7 @@ class Context:
     refusals: list[Refusal] = dataclasses.field(default_factory=list)
     unfused: list[Refusal] = dataclasses.field(default_factory=list)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    tables: list[torch.Tensor] | None = None
 
     @classmethod
     def of(cls, placeholders: Sequence[Node], values: Sequence[Any], options: Options) -> Context:

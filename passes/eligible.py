@@ -143,9 +143,11 @@ def note_tables(gm: GraphModule, ctx: Context) -> None:
 
 def _tables(gm: GraphModule, ctx: Context) -> list[torch.Tensor]:
     """The embedding tables of this graph, or of earlier ones if it has none."""
-    nodes = [argument(n, 1, "weight") for n in gm.graph.nodes if is_call(n, F.embedding)]
-    own = [param for node in nodes if (param := ctx.parameter(node)) is not None]
-    return [*own] or ctx.store.tables()
+    if ctx.tables is None:
+        nodes = [argument(n, 1, "weight") for n in gm.graph.nodes if is_call(n, F.embedding)]
+        own = [param for node in nodes if (param := ctx.parameter(node)) is not None]
+        ctx.tables = [*own] or ctx.store.tables()
+    return ctx.tables
 
 
 def _after(node: Node) -> list[Node]:
