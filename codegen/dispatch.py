@@ -286,6 +286,7 @@ def kv4_attention(
     causal: bool,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
     """qoqc::kv4_attention: split along the cache for few queries, tiled over them for many.
 
@@ -293,7 +294,7 @@ def kv4_attention(
     """
     call = attention.Call(
         q, k_pages, v_pages, kv_words, block_table, length, mask, k_chunk, v_chunk, scale, softcap,
-        sinks,
+        sinks, window,
     )  # fmt: skip
     spec = attention.spec_of(call, bits, causal)
     seq, device = q.shape[2], q.device
@@ -337,8 +338,9 @@ def _decode_apart(step: step_spec.Step) -> Tensor:
     )  # fmt: skip
     step.length.add_(1)
     return kv4_attention(
-        q, *pages, step.mask, None, None, step.scale, step.bits, False, step.softcap, step.sinks
-    )
+        q, *pages, step.mask, None, None, step.scale, step.bits, False, step.softcap, step.sinks,
+        step.window,
+    )  # fmt: skip
 
 
 def sample_scores(

@@ -32,6 +32,7 @@ class Call:
     scale: float
     softcap: float = 0.0
     sinks: torch.Tensor | None = None
+    window: int = 0
 
     @property
     def group(self) -> int:
@@ -128,8 +129,15 @@ def spec_of(call: Call, bits: Literal[4, 8], causal: bool) -> AttentionSpec:
     causal = causal and seq > 1
     return AttentionSpec(
         heads, kv, q.dtype, mask is not None, chunk is not None, causal, bool(call.softcap),
-        sinks is not None,
+        sinks is not None, has_window("kv4_attention", call.window),
     )  # fmt: skip
+
+
+def has_window(op: str, window: int) -> bool:
+    """Whether queries see their last `window` tokens only; ValueError for no such number."""
+    if not 0 <= window < 2**31:
+        raise ValueError(f"{op}: window={window}: expected a number of keys, or 0 for all")
+    return window > 0
 
 
 def kv_spec_of(
@@ -194,6 +202,7 @@ def constexprs(spec: AttentionSpec, tile: Tile) -> dict[str, Any]:
         "HAS_MASK": spec.has_mask,
         "HAS_CHUNK": spec.has_chunk,
         "CAUSAL": spec.causal,
+        "HAS_WINDOW": spec.has_window,
         "OPERAND": tl.float32 if exact else narrow,
         # weights are scaled to at most HEADROOM, so fp16's 11 bits serve bf16 models too
         "WEIGHT": tl.float32 if exact else tl.float16,
@@ -237,4 +246,5 @@ def trial_call(
         kv.k_dim**-0.5,
         30.0 if spec.has_softcap else 0.0,
         randn(spec.heads) if spec.has_sinks else None,
+        max(1, length // 3) if spec.has_window else 0,
     )

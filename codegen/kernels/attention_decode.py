@@ -56,6 +56,7 @@ MAX_SPLITS = 64
         "seq",
         "pages",
         "splits",
+        "window",
     ]
 )
 def attention_decode(
@@ -89,6 +90,7 @@ def attention_decode(
     seq,
     pages,
     splits,
+    window,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -97,6 +99,7 @@ def attention_decode(
     HAS_MASK: tl.constexpr,
     HAS_CHUNK: tl.constexpr,
     CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     OPERAND: tl.constexpr,
     WEIGHT: tl.constexpr,
     PTX: tl.constexpr,
@@ -150,16 +153,24 @@ def attention_decode(
     top = SMALLEST_SCALE
 
     used = (cached + 2 * HALF - 1) // (2 * HALF)
-    per_split = (used + splits - 1) // splits
-    first = split * per_split
+    skipped = 0
+    if HAS_WINDOW:
+        # pages before all that the first query of the sequence sees
+        skipped = tl.minimum(tl.maximum(length - seq + 1 - window, 0) // (2 * HALF), used)
+    per_split = (used - skipped + splits - 1) // splits
+    first = skipped + split * per_split
     for i in range(first, tl.minimum(used, first + per_split)):
         page = tl.load(table_ptr + b * table_stride + i).to(tl.int64) * KV_HEADS + h
         t0 = i * (2 * HALF) + j
         t1 = t0 + HALF
         seen0 = look(  # [HALF, BLOCK_R]
-            t0, cached, in_row, position, mask_rows, mask_len, 0, CAUSAL, HAS_MASK
-        )
-        seen1 = look(t1, cached, in_row, position, mask_rows, mask_len, 0, CAUSAL, HAS_MASK)
+            t0, cached, in_row, position, mask_rows, mask_len, window,
+            0, CAUSAL, HAS_MASK, HAS_WINDOW,
+        )  # fmt: skip
+        seen1 = look(
+            t1, cached, in_row, position, mask_rows, mask_len, window,
+            0, CAUSAL, HAS_MASK, HAS_WINDOW,
+        )  # fmt: skip
         in_k = (c < K_HALF)[None, :]
         in_v = (d < V_DIM)[:, None]
         # words past the end are stale; read as zeros they cannot spread a NaN
@@ -217,27 +228,13 @@ def attention_decode(
             t0 = length - seq + u0  # negative where the chunk is longer than the sequence
             t1 = t0 + CHUNK_T
             seen0 = look(
-                t0,
-                length,
-                in_row,
-                position,
-                mask_rows,
-                mask_len,
-                0,
-                CAUSAL,
-                HAS_MASK,
-            )
+                t0, length, in_row, position, mask_rows, mask_len, window,
+                0, CAUSAL, HAS_MASK, HAS_WINDOW,
+            )  # fmt: skip
             seen1 = look(
-                t1,
-                length,
-                in_row,
-                position,
-                mask_rows,
-                mask_len,
-                0,
-                CAUSAL,
-                HAS_MASK,
-            )
+                t1, length, in_row, position, mask_rows, mask_len, window,
+                0, CAUSAL, HAS_MASK, HAS_WINDOW,
+            )  # fmt: skip
             none = tl.zeros((CHUNK_T, BLOCK_R), tl.float32)
             k0 = k_chunk + u0.to(tl.int64)[:, None] * k_chunk_stride_s
             k1 = k_chunk + u1.to(tl.int64)[:, None] * k_chunk_stride_s
@@ -292,12 +289,14 @@ def launch(kernel: Launch, call: Call, sm_count: int) -> tuple[torch.Tensor, tor
     batch, heads, seq = q.shape[:3]
     kv_heads, v_dim = call.v_pages.shape[1:3]
     row_tiles = ceil_div(call.rows, kernel.tile["BLOCK_R"])
-    splits = choose_splits(batch * kv_heads * row_tiles, pages, sm_count)
+    # as many pages as the windows of `seq` neighbours touch at most
+    read = min(pages, ceil_div(call.window + seq - 2, PAGE) + 1) if call.window else pages
+    splits = choose_splits(batch * kv_heads * row_tiles, read, sm_count)
     part = q.new_empty(batch, heads, seq, splits, v_dim, dtype=torch.float32)
     stat = q.new_empty(batch, heads, seq, splits, 2, dtype=torch.float32)
     if part.numel():
         grid = (batch * kv_heads, splits, row_tiles)
-        kernel(grid, *call.arguments(), part, stat, call.scale, seq, pages, splits)
+        kernel(grid, *call.arguments(), part, stat, call.scale, seq, pages, splits, call.window)
     return part, stat
 
 

@@ -46,16 +46,10 @@ from qoqc.runtime.device import DeviceKey
 
 @triton.jit(
     do_not_specialize=[
-        "table_stride",
-        "length_stride",
-        "mask_stride_b",
-        "mask_stride_h",
-        "mask_stride_s",
-        "mask_len",
-        "seq",
-        "pages",
+        "table_stride", "length_stride", "mask_stride_b", "mask_stride_h", "mask_stride_s",
+        "mask_len", "seq", "pages", "window",
     ]
-)
+)  # fmt: skip
 def attention_prefill(
     q_ptr,
     q_stride_b,
@@ -87,6 +81,7 @@ def attention_prefill(
     pages,
     softcap,
     sinks_ptr,
+    window,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -95,6 +90,7 @@ def attention_prefill(
     HAS_MASK: tl.constexpr,
     HAS_CHUNK: tl.constexpr,
     CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -154,12 +150,18 @@ def attention_prefill(
     if CAUSAL:
         last_query = tl.minimum((tile * BLOCK_R + BLOCK_R - 1) // GROUP, seq - 1)
         end = tl.minimum(length, tl.maximum(length - seq + last_query + 1, 0))
+    if HAS_WINDOW:
+        begin = tl.maximum(length - seq + tile * BLOCK_R // GROUP + 1 - window, 0)
+        begin = tl.minimum(begin, end)
     if HAS_MASK:
         mask_begin = end
         mask_end = 0
-        for t in tl.range(0, end, 2 * HALF, num_stages=1):
+        for t in tl.range(begin // (2 * HALF) * (2 * HALF), end, 2 * HALF, num_stages=1):
             token = t + tl.arange(0, 2 * HALF)
-            seen = look(token, end, in_row, position, mask_rows, mask_len, 1, CAUSAL, HAS_MASK)
+            seen = look(
+                token, end, in_row, position, mask_rows, mask_len, window,
+                1, CAUSAL, HAS_MASK, HAS_WINDOW,
+            )  # fmt: skip
             any_seen = tl.max(tl.max(seen.to(tl.int32), 0), 0) != 0
             mask_begin = tl.minimum(mask_begin, tl.where(any_seen, t, end))
             mask_end = tl.where(any_seen, t + 2 * HALF, mask_end)
@@ -201,8 +203,14 @@ def attention_prefill(
         s1 = (s1 * k_scale1[None, :] + q_sum[:, None] * k_middle1[None, :]) * log2_scale
         s0 = capped(s0, log2_cap, HAS_SOFTCAP)
         s1 = capped(s1, log2_cap, HAS_SOFTCAP)
-        seen0 = look(t0, cached, in_row, position, mask_rows, mask_len, 1, CAUSAL, HAS_MASK)
-        seen1 = look(t1, cached, in_row, position, mask_rows, mask_len, 1, CAUSAL, HAS_MASK)
+        seen0 = look(
+            t0, cached, in_row, position, mask_rows, mask_len, window,
+            1, CAUSAL, HAS_MASK, HAS_WINDOW,
+        )  # fmt: skip
+        seen1 = look(
+            t1, cached, in_row, position, mask_rows, mask_len, window,
+            1, CAUSAL, HAS_MASK, HAS_WINDOW,
+        )  # fmt: skip
         s0 = tl.where(seen0, s0, float("-inf"))
         s1 = tl.where(seen1, s1, float("-inf"))
 
@@ -244,8 +252,9 @@ def attention_prefill(
             none = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
             s = mma(q1, k1.to(OPERAND), mma(q0, k0.to(OPERAND), none))
             seen = look(
-                origin + u, length, in_row, position, mask_rows, mask_len, 1, CAUSAL, HAS_MASK
-            )
+                origin + u, length, in_row, position, mask_rows, mask_len, window,
+                1, CAUSAL, HAS_MASK, HAS_WINDOW,
+            )  # fmt: skip
             s = tl.where(seen, capped(s * log2_scale, log2_cap, HAS_SOFTCAP), float("-inf"))
             peak, shrink, p = rise_one(peak, s)
             total = total * shrink + tl.sum(p, 1)
@@ -297,7 +306,7 @@ def start(kernel: Launch, call: Call, out: torch.Tensor) -> None:
     grid = (ceil_div(call.rows, kernel.tile["BLOCK_R"]), kv_heads, batch)
     kernel(
         grid, *call.arguments(), out, call.scale, seq, call.block_table.shape[1], call.softcap,
-        out if call.sinks is None else call.sinks,
+        out if call.sinks is None else call.sinks, call.window,
     )  # fmt: skip
 
 

@@ -186,7 +186,7 @@ def main():"""
         )
         mask = torch.rand(batch, 1, seq, longest) < 0.7
         mask[..., 0] = True
-        sinks, softcap = torch.randn(heads), 2.0
+        sinks, softcap, window = torch.randn(heads), 2.0, 70 if SPEC["has_window"] else 0
         want = torch.empty(batch, heads, seq, v_dim, dtype=torch.float64)
         for b in range(batch):
             n, seen = int(length[b]), torch.ones(seq, int(length[b]), dtype=torch.bool)
@@ -201,6 +201,8 @@ def main():"""
                 seen &= mask[b, 0, :, :n]
             if SPEC["causal"]:
                 seen &= torch.arange(n) <= (n - seq + torch.arange(seq))[:, None]
+            if window:
+                seen &= torch.arange(n) > (n - seq + torch.arange(seq))[:, None] - window
             scores = q[b].double() @ exact[0].transpose(-1, -2) * scale
             if SPEC["has_softcap"]:
                 scores = softcap * torch.tanh(scores / softcap)
@@ -244,7 +246,8 @@ DECODE_SELFCHECK = (
 
         def run():
             grid = (batch * kv_heads, splits, tiles)
-            attention_decode[grid](*arguments, part, stat, scale, seq, pages, splits, **options)
+            tail = (part, stat, scale, seq, pages, splits, window)
+            attention_decode[grid](*arguments, *tail, **options)
 
         def finish():
             peak, total = stat.double().unbind(-1)
@@ -264,7 +267,7 @@ PREFILL_SELFCHECK = (
 
         def run():
             grid = (tiles, kv_heads, batch)
-            tail = (out, scale, seq, pages, softcap, sinks.to(device))
+            tail = (out, scale, seq, pages, softcap, sinks.to(device), window)
             attention_prefill[grid](*arguments, *tail, **options)
 
         def finish():

@@ -267,9 +267,11 @@ def look(
     position,
     mask_rows,
     mask_len,
+    window,
     AXIS: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
 ):
     """Which rows (queries at `position`) see the tokens `t`, which lie on AXIS of the result."""
     token = tl.expand_dims(t, 1 - AXIS)
@@ -277,6 +279,8 @@ def look(
     seen = (token >= 0) & (token < end) & rows
     if CAUSAL:
         seen = seen & (token <= tl.expand_dims(position, AXIS))
+    if HAS_WINDOW:
+        seen = seen & (token > tl.expand_dims(position - window, AXIS))
     if HAS_MASK:
         # loaded under a condition per row and per token, not per pair: fewer live registers
         inside = tl.expand_dims((t >= 0) & (t < end) & (t < mask_len), 1 - AXIS) & rows

@@ -25,6 +25,7 @@ from qoqc.codegen.kernels.step_schedule import (
     comes_last,
     count_tokens,
     find_sequence,
+    first_page,
     length_of,
     pages_at,
     run_start,
@@ -49,7 +50,7 @@ def load_turned(
     do_not_specialize=[
         "q_stride_b", "q_stride_h", "k_stride_b", "k_stride_h", "v_stride_b", "v_stride_h",
         "cos_stride", "sin_stride", "table_stride", "length_stride", "mask_stride", "mask_len",
-        "batch", "pages", "meet",
+        "batch", "pages", "meet", "window",
     ]
 )  # fmt: skip
 def step_attend(
@@ -71,6 +72,7 @@ def step_attend(
     eps, scale, softcap,
     batch, pages,
     meet,  # bool: the worker that ends last of a (sequence, KV head) adds up its parts
+    window,  # tokens that the newest one sees, itself one of them: if HAS_WINDOW
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -84,6 +86,7 @@ def step_attend(
     HAS_MASK: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     OPERAND: tl.constexpr,
     WEIGHT: tl.constexpr,
     KIND: tl.constexpr,
@@ -111,7 +114,9 @@ def step_attend(
     if DEPENDENT and FUSED:
         gdc_wait()
         gdc_launch_dependents()
-    total_pages, each = all_pages(length_ptr, length_stride, batch, capacity, KV_HEADS)
+    total_pages, each = all_pages(
+        length_ptr, length_stride, batch, capacity, window, KV_HEADS, HAS_WINDOW
+    )
     workers = workers_for(total_pages, each, batch * KV_HEADS, tl.num_programs(0), SHORT)
     run = total_pages
     run_end = total_pages
@@ -122,9 +127,11 @@ def step_attend(
         sequence = run // (each * KV_HEADS)
         before = sequence * (each * KV_HEADS)
     else:
-        sequence, before = find_sequence(run, length_ptr, length_stride, batch, capacity, KV_HEADS)
+        sequence, before = find_sequence(
+            run, length_ptr, length_stride, batch, capacity, window, KV_HEADS, HAS_WINDOW
+        )
     length = length_of(length_ptr, length_stride, sequence, batch, capacity)
-    used = pages_at(length)
+    used = pages_at(length, window, HAS_WINDOW)
     if DEPENDENT and not FUSED:
         # all so far while the kernel before, which appends, was at work: it leaves `length` alone
         gdc_wait()
@@ -142,6 +149,18 @@ def step_attend(
         fits = length >= 0
         stop = tl.where(fits, end, first)
         table = table_ptr + b * table_stride
+        mask_row = mask_ptr + b * mask_stride
+        cached = length + 1
+        masked = mask_len
+        oldest = 0
+        if HAS_WINDOW:
+            # from here on pages and tokens are counted from the first page that is read
+            skipped = first_page(length, window)
+            table += skipped
+            mask_row += skipped * TOKENS
+            cached -= skipped * TOKENS
+            masked -= skipped * TOKENS
+            oldest = cached - window
         row = tl.arange(0, BLOCK_R)
         in_row = row < GROUP
         head = h * GROUP + row
@@ -197,11 +216,11 @@ def step_attend(
             if TINY_CODES:
                 q_unit = tl.load(q_unit_ptr + b * KV_HEADS + h)
         sums, total, peak = attend_pages(
-            q0, q1, q_sum, q_unit, head, in_row, h, first, stop, length + 1, is_last,
-            table, k_pages_ptr, v_pages_ptr, words_ptr, mask_ptr + b * mask_stride,
-            mask_len, sinks_ptr, scale, softcap,
-            KV_HEADS, K_DIM, V_DIM, BITS, HAS_MASK, HAS_SINKS, HAS_SOFTCAP, OPERAND, WEIGHT, PTX,
-            TINY_CODES, BLOCK_C, BLOCK_V, BLOCK_R,
+            q0, q1, q_sum, q_unit, head, in_row, h, first, stop, cached, oldest, is_last,
+            table, k_pages_ptr, v_pages_ptr, words_ptr, mask_row, masked,
+            sinks_ptr, scale, softcap,
+            KV_HEADS, K_DIM, V_DIM, BITS, HAS_MASK, HAS_SINKS, HAS_SOFTCAP, HAS_WINDOW,
+            OPERAND, WEIGHT, PTX, TINY_CODES, BLOCK_C, BLOCK_V, BLOCK_R,
         )  # fmt: skip
         hand_in(
             sums, total, peak, worker, place != run, before + h * used, used,
@@ -215,7 +234,7 @@ def step_attend(
             before = place
             sequence += 1
             length = length_of(length_ptr, length_stride, sequence, batch, capacity)
-            used = pages_at(length)
+            used = pages_at(length, window, HAS_WINDOW)
             is_final = run_end <= before + used * KV_HEADS
             if (meet != 0) & is_final:
                 late = arrive(counter_ptr, worker, is_final)

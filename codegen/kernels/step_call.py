@@ -39,11 +39,11 @@ def launch(
         return out
     turned = None if append is None else start_append(append, step)
     kv_heads, pages = step.k_pages.shape[1], step.block_table.shape[1]
-    part, stat = parts_for(step, grid_for(batch, kv_heads, pages, slots))
+    part, stat = parts_for(step, grid_for(batch, kv_heads, pages, slots, step.window))
     counters = zeroed_counters(out.device, counters_for(batch, kv_heads))
     start_attend(attend, step, turned, out, part, stat, counters, meet=combine is None)
     if combine is not None:
-        start_combine(combine, part, stat, out, step.length, counters, pages)
+        start_combine(combine, part, stat, out, step.length, counters, pages, step.window)
     return out
 
 
@@ -120,6 +120,7 @@ def start_attend(
         (part.shape[0],), q, *q.stride()[:2], sums, units, *_token(step), *_cache(step), *mask,
         q if step.sinks is None else step.sinks, out, part, stat, counters,
         step.eps, step.scale, step.softcap, step.batch, step.block_table.shape[1], int(meet),
+        step.window,
     )  # fmt: skip
 
 
@@ -131,12 +132,13 @@ def start_combine(
     length: torch.Tensor,
     counters: torch.Tensor,
     pages: int,
+    window: int,
 ) -> None:
     """Launch `step_combine` on what `step_attend` left."""
     batch, heads, _, v_dim = out.shape
     grid = (batch * heads, ceil_div(v_dim, kernel.tile["COLUMNS"]))
     workers = part.shape[0]
-    kernel(grid, part, stat, out, length, length.stride(0), counters, batch, pages, workers)
+    kernel(grid, part, stat, out, length, length.stride(0), counters, batch, pages, workers, window)
 
 
 def meets(spec: StepSpec, batch: int) -> bool:

@@ -89,7 +89,7 @@ def combine_parts(
     tl.store(out + row[:, None] * V_DIM + d[None, :], result.to(KIND), mask=in_out)
 
 
-@triton.jit(do_not_specialize=["length_stride", "batch", "pages", "grid"])
+@triton.jit(do_not_specialize=["length_stride", "batch", "pages", "grid", "window"])
 def step_combine(
     part_ptr,
     stat_ptr,
@@ -100,6 +100,7 @@ def step_combine(
     batch,
     pages,
     grid,
+    window,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -107,6 +108,7 @@ def step_combine(
     ROUND_BF16: tl.constexpr,
     DEPENDENT: tl.constexpr,
     SHORT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     COLUMNS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
@@ -117,13 +119,17 @@ def step_combine(
     capacity = pages * 64
     # before the wait: step_attend leaves lengths alone, and all before it ended when it let this
     # kernel start
-    total_pages, each = all_pages(length_ptr, length_stride, batch, capacity, KV_HEADS)
+    total_pages, each = all_pages(
+        length_ptr, length_stride, batch, capacity, window, KV_HEADS, HAS_WINDOW
+    )
     workers = workers_for(total_pages, each, batch * KV_HEADS, grid, SHORT)
     length = length_of(length_ptr, length_stride, sequence, batch, capacity)
-    used = pages_at(length)
+    used = pages_at(length, window, HAS_WINDOW)
     begin = sequence * (each * KV_HEADS)
     if each == 0:
-        begin = start_of(sequence, length_ptr, length_stride, batch, capacity, KV_HEADS)
+        begin = start_of(
+            sequence, length_ptr, length_stride, batch, capacity, window, KV_HEADS, HAS_WINDOW
+        )
     begin += head // GROUP * used
     first_worker = owner_of(begin, total_pages, workers)
     parts = owner_of(begin + used - 1, total_pages, workers) - first_worker + 1

@@ -56,6 +56,7 @@ def bind_attend(spec: StepSpec, tile: Tile) -> dict[str, Any]:
         "HAS_MASK": spec.has_mask,
         "HAS_SINKS": spec.has_sinks,
         "HAS_SOFTCAP": spec.has_softcap,
+        "HAS_WINDOW": spec.has_window,
         "OPERAND": tl.float32 if exact else tl.float16 if token["TINY_CODES"] else common["KIND"],
         # weights are scaled to 2**14 at most, so fp16's 11 bits serve bf16 models too
         "WEIGHT": tl.float32 if exact else tl.float16,
@@ -71,7 +72,7 @@ def bind_attend(spec: StepSpec, tile: Tile) -> dict[str, Any]:
 def bind_combine(spec: StepSpec, tile: Tile) -> dict[str, Any]:
     """The constexprs of `step_combine`."""
     own = {name: tile[name] for name in ("SHORT", "COLUMNS", "AT_ONCE")}
-    return {**_common_constexprs(spec, tile), **own}
+    return {**_common_constexprs(spec, tile), "HAS_WINDOW": spec.has_window, **own}
 
 
 def _common_constexprs(spec: StepSpec, tile: Tile) -> dict[str, Any]:

@@ -76,8 +76,9 @@ def attend_pages(
     q0, q1, q_sum, q_unit,  # two [BLOCK_C, BLOCK_R] OPERAND; fp32 [BLOCK_R]; fp32
     head, in_row,  # [BLOCK_R]: query heads, and which there are
     h,
-    first, stop,  # pages of the sequence
-    cached,  # tokens of the sequence, the new one among them
+    first, stop,  # pages, counted from the table's first
+    cached,  # tokens from the table's first page on, the new one among them
+    oldest,  # the first of these that is seen, if HAS_WINDOW; may be negative
     is_last,  # bool: has the last page of the sequence
     table,
     k_pages_ptr, v_pages_ptr, words_ptr,
@@ -91,6 +92,7 @@ def attend_pages(
     HAS_MASK: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     OPERAND: tl.constexpr,
     WEIGHT: tl.constexpr,
     PTX: tl.constexpr,
@@ -137,6 +139,9 @@ def attend_pages(
         # words past the end are stale; read as zeros they cannot spread a NaN
         seen0 = t0 < cached
         seen1 = t1 < cached
+        if HAS_WINDOW:
+            seen0 &= t0 >= oldest
+            seen1 &= t1 >= oldest
         page_words = words_ptr + page_head * (4 * HALF) + token
         k_word0 = tl.load(page_words, mask=seen0, other=0)
         k_word1 = tl.load(page_words + HALF, mask=seen1, other=0)

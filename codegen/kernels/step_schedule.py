@@ -4,7 +4,7 @@ The pages stand in one row: sequence by sequence, in each head by head. Every bl
 an equal run of that row, whatever lengths sequences have, so that all end together. The piece of a
 run that lies in one (sequence, head) is a part; a worker has parts of its own only at both ends of
 its run, between them are whole sequences and heads. Only the device knows the lengths, so each
-worker reads them all.
+worker reads them all. With HAS_WINDOW a sequence has the pages of its last `window` tokens only.
 """
 
 from __future__ import annotations
@@ -41,27 +41,43 @@ def length_of(length_ptr, length_stride, b, batch, capacity):
 
 
 @triton.jit
-def pages_at(length):
-    """Pages with the newest token of sequences with a `length_of`: 1, not read, without room."""
-    return tl.maximum(length, 0) // TOKENS + 1
+def first_page(length, window):
+    """The page of the oldest token that the newest one sees, in sequences with a `length_of`."""
+    return tl.maximum(length + 1 - window, 0) // TOKENS
 
 
 @triton.jit
-def pages_of(length_ptr, length_stride, b, batch, capacity):
-    """Pages of the sequences `b`, 0 for those from `batch` on."""
-    pages = pages_at(length_of(length_ptr, length_stride, b, batch, capacity))
+def pages_at(length, window, HAS_WINDOW: tl.constexpr):
+    """Pages that the newest token of sequences with a `length_of` needs: without room 1, unread."""
+    pages = tl.maximum(length, 0) // TOKENS + 1
+    if HAS_WINDOW:
+        pages -= first_page(length, window)
+    return pages
+
+
+@triton.jit
+def pages_of(
+    length_ptr, length_stride, b, batch, capacity, window, HAS_WINDOW: tl.constexpr
+):  # fmt: skip
+    """`pages_at` of the sequences `b`, 0 for those from `batch` on."""
+    length = length_of(length_ptr, length_stride, b, batch, capacity)
+    pages = pages_at(length, window, HAS_WINDOW)
     return tl.where(b < batch, pages, 0)
 
 
 @triton.jit
-def all_pages(length_ptr, length_stride, batch, capacity, KV_HEADS: tl.constexpr):
+def all_pages(
+    length_ptr, length_stride, batch, capacity, window,
+    KV_HEADS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
     """How many pages the row has, and how many each (sequence, head): 0 if they differ."""
     total = tl.full((), 0, tl.int32)
     least = tl.full((), 0x7FFFFFFF, tl.int32)
     most = tl.full((), 0, tl.int32)
     for first in range(0, batch, SCAN):
         b = first + tl.arange(0, SCAN)
-        pages = pages_of(length_ptr, length_stride, b, batch, capacity)
+        pages = pages_of(length_ptr, length_stride, b, batch, capacity, window, HAS_WINDOW)
         total += tl.sum(pages, 0)
         most = tl.maximum(most, tl.max(pages, 0))
         least = tl.minimum(least, tl.min(tl.where(b < batch, pages, 0x7FFFFFFF), 0))
@@ -112,14 +128,18 @@ def owner_of(place, total, workers):
 
 
 @triton.jit
-def find_sequence(place, length_ptr, length_stride, batch, capacity, KV_HEADS: tl.constexpr):
+def find_sequence(
+    place, length_ptr, length_stride, batch, capacity, window,
+    KV_HEADS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
     """The sequence that holds a place of the row, and where that sequence begins."""
     sequence = tl.full((), 0, tl.int32)
     before = tl.full((), 0, tl.int32)
     seen = tl.full((), 0, tl.int32)
     for first in range(0, batch, SCAN):
         b = first + tl.arange(0, SCAN)
-        pages = pages_of(length_ptr, length_stride, b, batch, capacity)
+        pages = pages_of(length_ptr, length_stride, b, batch, capacity, window, HAS_WINDOW)
         ends = seen + tl.cumsum(pages, 0)
         passed = (ends * KV_HEADS <= place) & (b < batch)
         sequence += tl.sum(passed.to(tl.int32), 0)
@@ -129,12 +149,16 @@ def find_sequence(place, length_ptr, length_stride, batch, capacity, KV_HEADS: t
 
 
 @triton.jit
-def start_of(sequence, length_ptr, length_stride, batch, capacity, KV_HEADS: tl.constexpr):
+def start_of(
+    sequence, length_ptr, length_stride, batch, capacity, window,
+    KV_HEADS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
     """Where a sequence begins."""
     before = tl.full((), 0, tl.int32)
     for first in range(0, sequence, SCAN):
         b = first + tl.arange(0, SCAN)
-        pages = pages_of(length_ptr, length_stride, b, batch, capacity)
+        pages = pages_of(length_ptr, length_stride, b, batch, capacity, window, HAS_WINDOW)
         before += tl.sum(tl.where(b < sequence, pages, 0), 0)
     return before * KV_HEADS
 
@@ -187,6 +211,9 @@ def counters_for(batch: int, kv_heads: int) -> int:
     return 1 + int(LEAVES) + batch * kv_heads
 
 
-def grid_for(batch: int, kv_heads: int, pages: int, slots: int) -> int:
+def grid_for(batch: int, kv_heads: int, pages: int, slots: int, window: int = 0) -> int:
     """Blocks to launch for sequences of up to `pages` pages, on a device that holds `slots`."""
+    if window:
+        # as many pages as `window` tokens touch at most
+        pages = min(pages, ceil_div(window - 1, PAGE) + 1)
     return max(1, min(slots, ceil_div(batch * kv_heads * pages, SHORTEST)))

@@ -158,6 +158,7 @@ def main():"""
         else:
             turned = q
         mask = torch.rand(batch, 1, 1, pages * 64) < 0.7
+        window = 70 if SPEC["has_window"] else 0
         want = torch.empty(batch, heads, 1, v_dim, dtype=torch.float64)
         for b in range(batch):
             n, exact = int(before[b]), []
@@ -172,6 +173,8 @@ def main():"""
                 scores = softcap * torch.tanh(scores / softcap)
             if SPEC["has_mask"]:
                 scores = scores.masked_fill(~mask[b, 0, :, : n + 1], float("-inf"))
+            if window:
+                scores[..., : max(0, n + 1 - window)] = float("-inf")
             if SPEC["has_sinks"]:
                 scores = torch.cat((scores, sinks.double().view(-1, 1, 1)), -1)
             want[b] = scores.softmax(-1).nan_to_num(0)[..., : n + 1] @ exact[1]
@@ -204,7 +207,7 @@ def main():"""
                 q, *q.stride()[:2], sums, units, k, *k.stride()[:2], v, *v.stride()[:2], *weights,
                 cos, cos.stride(0), sin, sin.stride(0), k_pages, v_pages, words,
                 table, pages, length, 1, mask, mask.stride(0), pages * 64, sinks,
-                out, part, stat, counters, 1e-6, scale, softcap, batch, pages, 1, **options
+                out, part, stat, counters, 1e-6, scale, softcap, batch, pages, 1, window, **options
             )
 
         run()
@@ -223,7 +226,7 @@ def main():"""
     + """
     group = heads // kv_heads
     for batch in (2,) if device == "cpu" else (2, 16):
-        # 20 pages each for workers of two: ten parts, all where a worker begins
+        # 20 pages each, or the last 20, for workers of two: ten parts, all where a worker begins
         workers = 10 * batch * kv_heads
         part = torch.randn(batch, kv_heads, 10, 2, group, v_dim, device=device)
         stat = torch.rand(batch, kv_heads, 10, 2, group, 2, device=device) + 0.5
@@ -231,14 +234,16 @@ def main():"""
         want = (part[:, :, :, 0] * weight[..., None]).sum(2)
         want /= (weight * stat[:, :, :, 0, :, 1]).sum(2)[..., None]
         out = torch.empty(batch, kv_heads, group, v_dim, dtype=dtype, device=device)
-        length = torch.full((batch,), 1279, dtype=torch.int32, device=device)
+        window, pages = (1280, 41) if SPEC["has_window"] else (0, 21)
+        tokens = 64 * pages - 65
+        length = torch.full((batch,), tokens, dtype=torch.int32, device=device)
         counters = torch.zeros(33, dtype=torch.int32, device=device)
         grid = (batch * heads, -(-v_dim // TILE["COLUMNS"]))
 
         def run():
-            length.fill_(1279)
+            length.fill_(tokens)
             step_combine[grid](
-                part, stat, out, length, 1, counters, batch, 21, workers, **options
+                part, stat, out, length, 1, counters, batch, pages, workers, window, **options
             )
 
         run()

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from qoqc.codegen.kernels.attention import kv_spec_of
+from qoqc.codegen.kernels.attention import has_window, kv_spec_of
 from qoqc.codegen.kernels.pieces import check_device
 from qoqc.codegen.kernels.pieces_rotary import FORMS
 from qoqc.ir.spec import OUTPUT_DTYPES, PAGE, KVSpec
@@ -33,6 +33,7 @@ class StepSpec:
     has_mask: bool = False
     has_sinks: bool = False
     has_softcap: bool = False
+    has_window: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Step:
     scale: float
     softcap: float
     bits: Literal[4, 8]
+    window: int = 0
 
     @property
     def batch(self) -> int:
@@ -127,6 +129,7 @@ def spec_of(step: Step) -> StepSpec:
         mask is not None,
         step.sinks is not None,
         bool(step.softcap),
+        has_window("kv4_decode", step.window),
     )
 
 
@@ -176,5 +179,5 @@ def random_step(spec: StepSpec, batch: int, cached: int, device: torch.device) -
         mask if spec.has_mask else None,
         randn(spec.heads) if spec.has_sinks else None,
         spec.form, 1e-6, spec.offset, spec.round_first, kv.k_dim**-0.5,
-        30.0 if spec.has_softcap else 0.0, kv.bits,
+        30.0 if spec.has_softcap else 0.0, kv.bits, max(1, cached // 3) if spec.has_window else 0,
     )  # fmt: skip

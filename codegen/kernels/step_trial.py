@@ -46,7 +46,8 @@ def trial_attend(spec: StepSpec, size: int, device: torch.device) -> Trial:
     def run(kernel: Launch) -> tuple[torch.Tensor, ...]:
         step.length.fill_(TOKENS)
         out.fill_(float("nan"))
-        workers = grid_for(size, kv.kv_heads, pages, slots_of(device, kernel.tile))
+        slots = slots_of(device, kernel.tile)
+        workers = grid_for(size, kv.kv_heads, pages, slots, step.window)
         turned = None
         if not kernel.tile["FUSED"]:
             turned = _turned(step, takes_tiny(kv.bits, kv.k_dim, spec.dtype, kernel.tile))
@@ -69,10 +70,12 @@ def _turned(step: Step, is_tiny: bool) -> tuple[torch.Tensor, ...]:
 
 
 def trial_combine(spec: StepSpec, size: int, device: torch.device) -> Trial:
-    """Add up random parts of `size` sequences of 4,000 tokens."""
+    """Add up random parts of `size` sequences of 4,000 tokens, or a window of 1,000."""
     generator = torch.Generator(device).manual_seed(0)
     kv, pages, slots = spec.kv, 64, device_key(device).sm_count * SLOTS_PER_SM
-    shape = (grid_for(size, kv.kv_heads, pages, slots), 2, spec.heads // kv.kv_heads)
+    window = 1000 if spec.has_window else 0
+    workers = grid_for(size, kv.kv_heads, pages, slots, window)
+    shape = (workers, 2, spec.heads // kv.kv_heads)
     part = torch.randn(*shape, kv.v_dim, generator=generator, device=device)
     stat = torch.rand(*shape, 2, generator=generator, device=device) + 0.5
     out = torch.empty(size, spec.heads, 1, kv.v_dim, dtype=spec.dtype, device=device)
@@ -82,7 +85,7 @@ def trial_combine(spec: StepSpec, size: int, device: torch.device) -> Trial:
     def run(kernel: Launch) -> tuple[torch.Tensor, ...]:
         length.fill_(4000)
         out.fill_(float("nan"))
-        start_combine(kernel, part, stat, out, length, counters, pages)
+        start_combine(kernel, part, stat, out, length, counters, pages, window)
         return out.clone(), length.clone()
 
     return run

@@ -133,9 +133,11 @@ def _attention(node: Node) -> list[Wanted]:
     q, k_pages, v_pages, kv_words, block_table, length, mask, k_chunk, v_chunk = (
         example(arg) for arg in node.args[:9]
     )
+    window: Any = argument(node, 14, "window", 0)
     call = attention.Call(
-        q, k_pages, v_pages, kv_words, block_table, length, mask, k_chunk, v_chunk, scale
-    )
+        q, k_pages, v_pages, kv_words, block_table, length, mask, k_chunk, v_chunk, scale,
+        window=window,
+    )  # fmt: skip
     spec = attention.spec_of(call, bits, causal)
     if call.rows > attention_decode.MAX_ROWS:
         return [Wanted("attention_prefill", spec)]

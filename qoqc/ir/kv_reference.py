@@ -161,14 +161,18 @@ def kv_attention(
     causal: bool,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    window: int = 0,
 ) -> torch.Tensor:
     """Attention of q [B, Hq, S, Dk] over the first length[b] cached tokens: [B, Hq, S, Dv].
 
     Query i stands at position length[b] - S + i. It sees position j < length[b] where the bool
-    mask [B or 1, Hq or 1, S, >= length] allows it and, if `causal`, j is not after the query.
+    mask [B or 1, Hq or 1, S, >= length] allows it, if `causal` j is not after the query, and if
+    `window` is not 0 j is after the query's position less `window` (transformers' sliding window).
     k_chunk, v_chunk as in `kv_dequant`. fp32 softmax and sums; a query that sees nothing gives 0.
     softcap, sinks as in `_scored`.
     """
+    if window < 0:
+        raise ValueError(f"kv4_attention: window={window}: expected a number of keys, or 0 for all")
     if mask is not None and (mask.dim() != 4 or mask.dtype is not torch.bool):
         raise ValueError(
             f"kv4_attention: mask must be bool [B or 1, Hq or 1, S, L], "
@@ -186,12 +190,15 @@ def kv_attention(
     if k_chunk is not None and v_chunk is not None:
         _overlay(k, v, length, k_chunk, v_chunk)
     live = None
-    if min(lengths) != longest:
-        live = torch.arange(longest, device=q.device) < length[:, None]
+    if min(lengths) != longest or window:
+        key = torch.arange(longest, device=q.device)
+        live = key < length[:, None]
+        if window:
+            live &= key > length[:, None] - seq - window
         # masked scores do not hide a NaN left by an earlier owner of the page: 0 * NaN is NaN
         for x in (k, v):
             x.masked_fill_(~live[:, None, :, None], 0)
-    allowed = _allowed(q, length, mask, live, causal, longest)
+    allowed = _allowed(q, length, mask, live, causal, longest, window)
     if softcap or sinks is not None:
         return _scored(q, k, v, allowed, scale, softcap, sinks)
     out = F.scaled_dot_product_attention(
@@ -209,17 +216,21 @@ def _allowed(
     live: torch.Tensor | None,
     causal: bool,
     longest: int,
+    window: int,
 ) -> torch.Tensor | None:
     """The bool mask [B, 1 or Hq, S, longest] of all conditions, or None if everything is seen."""
     allowed = None if mask is None else mask[..., :longest]
     if live is not None:
         row = live[:, None, None]
         allowed = row if allowed is None else allowed & row
+    key = torch.arange(longest, device=q.device)
+    query = length[:, None] - q.shape[2] + torch.arange(q.shape[2], device=q.device)
     if causal and q.shape[2] > 1:
-        key = torch.arange(longest, device=q.device)
-        query = length[:, None] - q.shape[2] + torch.arange(q.shape[2], device=q.device)
         past = (key <= query[..., None])[:, None]
         allowed = past if allowed is None else allowed & past
+    if window:
+        near = (key > query[..., None] - window)[:, None]
+        allowed = near if allowed is None else allowed & near
     return allowed
 
 
@@ -337,11 +348,12 @@ def kv_decode(
     scale: float,
     softcap: float,
     bits: int,
+    window: int = 0,
 ) -> torch.Tensor:
     """A decode step of one layer for q [B, Hq, 1, Dk], k [B, H, 1, Dk], v [B, H, 1, Dv].
 
     Appends at position length[b], counts the token in `length` int64 [B], and attends to all of
-    the sequence, the new token with its quantized value: [B, Hq, 1, Dv]. mask as in
+    the sequence, the new token with its quantized value: [B, Hq, 1, Dv]. mask and window as in
     `kv_attention`, softcap and sinks as in `_scored`.
     """
     if q.shape[2] != 1:
@@ -351,5 +363,5 @@ def kv_decode(
     q, _ = kv_rotate_append(q, k, v, q_weight, k_weight, cos, sin, *pages, length, *grid, bits)
     length.add_(1)
     return kv_attention(
-        q, *pages, length, mask, None, None, scale, bits, False, softcap, sinks
+        q, *pages, length, mask, None, None, scale, bits, False, softcap, sinks, window
     )  # fmt: skip

@@ -65,11 +65,11 @@ SCHEMAS = {
         "(Tensor k_pages, Tensor v_pages, Tensor kv_words, Tensor block_table, Tensor length, "
         "Tensor? k_chunk, Tensor? v_chunk, int bits, ScalarType dtype) -> (Tensor, Tensor)"
     ),
-    # q [B, Hq, S, Dk] -> [B, Hq, S, Dv]
+    # q [B, Hq, S, Dk] -> [B, Hq, S, Dv]; window: keys a query sees, itself one of them, or 0: all
     "kv4_attention": (
         "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor kv_words, Tensor block_table, "
         "Tensor length, Tensor? mask, Tensor? k_chunk, Tensor? v_chunk, float scale, int bits, "
-        "bool causal, float softcap=0.0, Tensor? sinks=None) -> Tensor"
+        "bool causal, float softcap=0.0, Tensor? sinks=None, int window=0) -> Tensor"
     ),
     # q [B, Hq, S, Dk], k [B, H, L, Dk], v [B, H, L, Dv] -> [B, Hq, S, Dv]: what SDPA does not have
     "attention": (
@@ -85,12 +85,13 @@ SCHEMAS = {
         "int bits) -> (Tensor, Tensor)"
     ),
     # one new token per sequence, from projection to attention output [B, Hq, 1, Dv]: the above at
-    # `length`, which then counts the token, and attention over all of the sequence
+    # `length`, which then counts the token, and attention over the sequence or its `window`
     "kv4_decode": (
         "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
         "Tensor? sin, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!) kv_words, "
         "Tensor block_table, Tensor(d!) length, Tensor? mask, Tensor? sinks, str form, float eps, "
-        "float offset, bool round_first, float scale, float softcap, int bits) -> Tensor"
+        "float offset, bool round_first, float scale, float softcap, int bits, int window=0) "
+        "-> Tensor"
     ),
     # x [..., D] -> [..., D]: the value a cache of `bits` would give back
     "kv4_round": "(Tensor x, int bits) -> Tensor",

@@ -20,7 +20,7 @@ torch.library.define(
     "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
     "Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!) kv_words, Tensor block_table, "
     "Tensor start, Tensor cu_seqlens, str form, float eps, float offset, bool round_first, "
-    "float scale, float softcap, Tensor? sinks, int bits) -> Tensor",
+    "float scale, float softcap, Tensor? sinks, int bits, int window=0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 packed_prefill = torch.ops.qoqc.kv4_packed_prefill.default
@@ -76,6 +76,7 @@ def _packed_prefill_impl(
     softcap: float,
     sinks: Tensor | None,
     bits: int,
+    window: int = 0,
 ) -> Tensor:
     """q [1, Hq, T, Dk], k [1, H, T, Dk], v [1, H, T, Dv] -> out [1, Hq, T, Dv].
 
@@ -100,7 +101,7 @@ def _packed_prefill_impl(
         )  # fmt: skip
         part = ops.kv4_attention(
             queries, *pages, table, before + run.seq, None, keys, values, scale, bits, True,
-            softcap, sinks,
+            softcap, sinks, window,
         )  # fmt: skip
         run.of(out).copy_(part)
     return out

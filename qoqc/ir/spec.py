@@ -62,6 +62,7 @@ class AttentionSpec:
     causal: bool = False
     has_softcap: bool = False
     has_sinks: bool = False
+    has_window: bool = False
 
 
 def to_json(spec: Any) -> dict[str, Any]:

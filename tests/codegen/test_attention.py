@@ -83,8 +83,8 @@ def make_call(
 
 
 def fields(call: Call) -> tuple[Any, ...]:
-    """The arguments of the op before bits and causal; softcap and sinks stand behind them."""
-    return tuple(vars(call).values())[:-2]
+    """The arguments of the op before bits and causal; softcap and the rest stand behind them."""
+    return tuple(vars(call).values())[:-3]
 
 
 def moved_to(device: torch.device, call: Call) -> list[Any]:
@@ -93,7 +93,7 @@ def moved_to(device: torch.device, call: Call) -> list[Any]:
 
 def attend(call: Call, device: torch.device, bits: Bits = 4, causal: bool = False) -> torch.Tensor:
     sinks = None if call.sinks is None else call.sinks.to(device)
-    out = attention(*moved_to(device, call), bits, causal, call.softcap, sinks)
+    out = attention(*moved_to(device, call), bits, causal, call.softcap, sinks, call.window)
     assert out.is_contiguous()
     assert out.dtype == call.q.dtype
     return out.cpu()
@@ -113,6 +113,8 @@ def exact(call: Call, bits: Bits, causal: bool) -> torch.Tensor:
         seen = torch.ones(seq, length, dtype=torch.bool)
         if causal:
             seen &= torch.arange(length) <= (length - seq + torch.arange(seq))[:, None]
+        if call.window:
+            seen &= torch.arange(length) > (length - seq + torch.arange(seq))[:, None] - call.window
         if call.mask is not None:
             seen = seen & call.mask.expand(len(out), -1, -1, -1)[b, ..., :length]
         scores = (call.q[b].double() @ k.transpose(-1, -2)) * call.scale
@@ -134,7 +136,7 @@ def check(
     assert not got.isnan().any()
     error = ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
     assert error <= LIMIT[call.q.dtype], f"relative error {error:.2e}"
-    defined = twin(*fields(call), bits, causal, call.softcap, call.sinks)
+    defined = twin(*fields(call), bits, causal, call.softcap, call.sinks, call.window)
     bound = 8 * LIMIT[call.q.dtype] * want.abs().max().item()
     torch.testing.assert_close(got.float(), defined.float(), rtol=0, atol=bound)
 
@@ -195,6 +197,50 @@ def test_sliding_window(seq: int, device: torch.device) -> None:
     token, query = torch.arange(190), torch.arange(seq)[:, None]
     window = ((token > 70 + query) & (token <= 80 + query))[None, None]
     check(Call(**{**vars(call), "mask": window}), device)
+
+
+def forget(call: Call, seq: int) -> None:
+    """Spoil the pages before all windows, as another owner would: nothing may read them."""
+    for b, length in enumerate(call.length.tolist()):
+        for i in range(max(0, length - seq + 1 - call.window) // PAGE):
+            call.kv_words[call.block_table[b, i]] = 0x7E007E00
+            call.block_table[b, i] = 0
+
+
+@pytest.mark.parametrize("window", [1, 63, 64, 65, 128, 4096])
+@pytest.mark.parametrize("chunk", [False, True])
+@pytest.mark.parametrize("seq", [1, 3, 33])
+def test_windows(window: int, chunk: bool, seq: int, device: torch.device) -> None:
+    """Around page borders and the window's size, without the pages that no query sees."""
+    lengths = (191, max(1, min(window, 190)), 129, 64)
+    plain = make_call(tuple(max(n, seq) for n in lengths), seq=seq, chunk=chunk)
+    call = Call(**{**vars(plain), "window": window})
+    want = exact(call, 4, causal=True)
+    assert window > 190 or (want - exact(plain, 4, causal=True)).norm() > 0.1 * want.norm()
+    check(call, device, causal=True)
+    got = attend(call, device, causal=True)
+    forget(call, seq)
+    assert torch.equal(attend(call, device, causal=True), got)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@KERNELS
+def test_windows_and_all_else(bits: Bits, seq: int, device: torch.device) -> None:
+    """With a mask that hides what the window ends with, sinks and a soft cap; not causal."""
+    plain = make_call((150, 70), seq=seq, bits=bits, mask=(2, 1))
+    sinks = torch.tensor([-3.0, 0.0, 1.0, 20.0])
+    check(Call(**{**vars(plain), "window": 66}), device, bits)
+    check(Call(**{**vars(plain), "window": 66, "sinks": sinks, "softcap": 0.7}), device, bits)
+
+
+def test_a_window_equals_its_mask() -> None:
+    """The definition with a window is the definition with a mask, bit for bit."""
+    call = make_call((190, 70), seq=5, chunk=True)
+    place = call.length[:, None] - 5 + torch.arange(5)
+    near = (torch.arange(190) > place[..., None] - 40)[:, None]
+    masked = Call(**{**vars(call), "mask": near})
+    got = twin(*fields(call), 4, True, 0.0, None, 40)
+    assert torch.equal(got, twin(*fields(masked), 4, True))
 
 
 @KERNELS
@@ -336,11 +382,12 @@ def test_refused() -> None:
         "not a KV cache": {"kv_words": call.kv_words[:, :1]},
         "q must be": {"q": call.q.double()},
         "sinks is": {"sinks": torch.zeros(3)},
+        "window=-1": {"window": -1},
     }
     for message, change in wrong.items():
         changed = Call(**{**vars(call), **change})
         with pytest.raises(ValueError, match=message):
-            attention(*fields(changed), 4, False, 0.0, changed.sinks)
+            attention(*fields(changed), 4, False, 0.0, changed.sinks, changed.window)
 
 
 @pytest.mark.gpu
@@ -386,6 +433,22 @@ def test_large(
     got, want = attend(call, device, bits, causal=True), exact(call, bits, causal=True)
     error = ((got.double() - want).norm() / want.norm()).item()
     assert error <= LIMIT[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [1, 65, 128, 1024, 4096])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("seq", "chunk"), [(1, False), (4, True), (300, True), (700, False)])
+def test_large_windows(
+    window: int, bits: Bits, seq: int, chunk: bool, device: torch.device
+) -> None:
+    plain = make_call(
+        (5000, 700, 1087), bits=bits, dims=(128, 128), group=4, seq=seq, chunk=chunk, pages=80,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    call = Call(**{**vars(plain), "window": window})
+    got, want = attend(call, device, bits, causal=True), exact(call, bits, causal=True)
+    assert ((got.double() - want).norm() / want.norm()).item() <= LIMIT[torch.bfloat16]
 
 
 @pytest.mark.gpu

@@ -107,6 +107,45 @@ def test_step_equals_its_definition(changes: dict[str, Any], bits: Bits) -> None
     check(step_of(tiny(bits=bits, **changes), [130, 0, 63, 64]))
 
 
+WINDOWS = [1, 63, 64, 65, 128, 4096]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_windows(window: int) -> None:
+    """Ragged, around page borders and the window; pages before the window are another's."""
+    lengths = [200, 0, 63, 64, 127, 191, max(0, min(window, 192) - 2), min(window, 192)]
+    step = windowed(step_of(tiny(has_sinks=window == 65), lengths), window)
+    check(step)
+    all_seen, near = run(dataclasses.replace(step, window=0))[0], run(step)[0]
+    assert torch.equal(all_seen, near) == (window > 200)
+    assert torch.equal(run(forgotten(step))[0], near)
+
+
+def windowed(step: Step, window: int) -> Step:
+    return dataclasses.replace(step, window=window)
+
+
+def forgotten(step: Step) -> Step:
+    """The step over pages that another owner has spoilt where no window reaches."""
+    words, table = step.kv_words.clone(), step.block_table.clone()
+    for b, length in enumerate(step.length.tolist()):
+        for i in range(max(0, length + 1 - step.window) // PAGE):
+            words[table[b, i]] = 0x7E007E00
+            table[b, i] = 0
+    return dataclasses.replace(step, kv_words=words, block_table=table)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("slots", [2, 5])
+def test_windows_with_a_mask_in_runs_of_several(
+    bits: Bits, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_call, "slots_of", lambda device, tile: slots)
+    step = step_of(tiny(has_mask=True, bits=bits), [5, 330, 0, 63, 190, 64])
+    check(windowed(step, 70))
+    check(windowed(step_of(tiny(bits=bits), [170] * 5), 70))
+
+
 def test_bf16_step() -> None:
     check(step_of(tiny(dtype=torch.bfloat16, normed=True), [70, 1]))
 
@@ -177,6 +216,7 @@ def test_nothing_to_do() -> None:
         ({"length": torch.zeros(3, dtype=torch.long)}, "2 sequences, but length is"),
         ({"k": torch.zeros(2, 2, 2, 16)}, "one new token per sequence"),
         ({"bits": 8}, "not a KV cache of 8 bits"),
+        ({"window": -3}, "window=-3: expected a number of keys"),
         ({"v": torch.zeros(2, 2, 1, 16).half()}, "must have one 16-bit or fp32"),
         ({"length": torch.zeros(2, dtype=torch.long, device="meta")}, "must be on one device"),
     ],
@@ -259,6 +299,9 @@ def test_grid_follows_capacity_and_the_device() -> None:
     assert grid_for(64, 8, 16, 1584) == 1584
     assert grid_for(1, 8, 4, 1584) == 16
     assert grid_for(1, 1, 1, 1584) == 1
+    # a window of 65 tokens may touch three pages, of 64 or 2 two, and there may be fewer
+    assert [grid_for(2, 8, 9, 1584, window) for window in (1, 2, 65, 66)] == [8, 16, 16, 24]
+    assert grid_for(2, 8, 2, 1584, 4096) == 16
 
 
 @pytest.mark.gpu
@@ -275,6 +318,18 @@ def test_shapes_on_a_gpu(heads: int, kv_heads: int, dim: int, dtype: torch.dtype
 def test_batches_on_a_gpu(batch: int) -> None:
     lengths = [(37 * b * b) % 300 for b in range(batch)]
     check(step_of(StepSpec(8, KVSpec(2, 64, 64), torch.bfloat16, rotated=64), lengths, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("window", [*WINDOWS, 1000])
+def test_windows_on_a_gpu(window: int, bits: Bits) -> None:
+    lengths = [0, 1, 63, 64, 65, 5000, window - 1, window, window + 1, 127, 2000]
+    for kind in ({}, {"has_sinks": True, "has_mask": True}, {"has_softcap": True}):
+        spec = StepSpec(32, KVSpec(8, 128, 128, bits), torch.bfloat16, rotated=128, **kind)
+        step = windowed(step_of(spec, lengths, "cuda"), window)
+        check(step)
+        assert torch.equal(run(forgotten(step))[0], run(step)[0])
 
 
 @pytest.mark.gpu
