@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qoqc.passes.context import Context
+from qoqc.passes.fusing import operands
 from qoqc.passes.match import SDPA, example, is_call, is_method, is_slice
 from qoqc.runtime.dynamo import same_size
 
@@ -51,15 +52,21 @@ def _is_triangle(mask: Any, q: Node) -> bool:
     if not isinstance(key, Node) or not isinstance(query, Node):
         return False
     queries = example(q).shape[-2]
-    along_keys, along_queries = _counted(key, -1), _counted(query, -2)
-    if along_keys is None or along_queries is None:
+    along_keys, along_queries = counted(key, -1), counted(query, -2)
+    if along_keys is None or along_queries is None or (along_keys[1], along_queries[1]) != (0, 0):
         return False
-    return same_size(along_keys, queries) and same_size(along_queries, queries)
+    return same_size(along_keys[0], queries) and same_size(along_queries[0], queries)
 
 
-def _counted(positions: Any, axis: int) -> Any:
-    """n, if the values are 0 to n - 1 along `axis` and the same along every other; else None."""
-    shape = example(positions).shape
+def counted(positions: Any, axis: int) -> tuple[Any, Any] | None:
+    """(n, start) if the values are start to start + n - 1 along `axis`, the same along every other.
+
+    start is an integer, or a node of one: a number or a tensor without axes. None for other values.
+    """
+    value = example(positions)
+    if not isinstance(value, torch.Tensor) or value.is_floating_point():
+        return None
+    shape = value.shape
     others = [size for i, size in enumerate(shape) if i != len(shape) + axis]
     if len(shape) < -axis or any(size != 1 for size in others):
         return None
@@ -69,10 +76,15 @@ def _counted(positions: Any, axis: int) -> Any:
         if any(part not in (None, Ellipsis, slice(None)) for part in parts):
             return None
         positions = positions.args[0]
-    if is_call(positions, operator.add, torch.add) and positions.args[1] == 0:
-        positions = positions.args[0]
+    start: Any = 0
+    both = operands(positions, "add")
+    if both is not None:
+        positions, start = both if is_call(both[0], torch.arange) else reversed(both)
+        first = example(start) if isinstance(start, Node) else start
+        if isinstance(first, torch.Tensor) and first.dim():
+            return None
     counts = is_call(positions, torch.arange) and len(positions.args) == 1
-    return shape[axis] if counts else None
+    return (shape[axis], start) if counts else None
 
 
 def _before_repeat(heads: Any) -> Node | None:

@@ -11,11 +11,19 @@ from qoqc.ir import ops
 from qoqc.passes.context import Context
 from qoqc.passes.match import is_call, is_method, is_view
 
-PURE_FUNCTIONS = (operator.getitem, getattr, torch.cat, ops.kv4_dequant, ops.quantize_act)
+MASKS = (
+    *(operator.and_, operator.le, operator.lt, operator.ge, operator.gt),
+    *(operator.add, operator.sub, operator.mul, torch.arange, torch.ones, torch.logical_and),
+)
+"""What masks are written with."""
+
+PURE_FUNCTIONS = (operator.getitem, getattr, torch.cat, ops.kv4_dequant, ops.quantize_act, *MASKS)
+
+PURE_METHODS = ("t", "size", "new_ones")
 
 
 def cleanup(gm: GraphModule, ctx: Context) -> int:
-    """Erase dead views, sizes, weight transposes, cache reads and parameter placeholders.
+    """Erase dead views, sizes, weight transposes, cache reads, masks and parameter placeholders.
 
         k = kv4_dequant(...)[0];  r = k.expand(...)      (no users)   ->   (gone)
 
@@ -35,4 +43,4 @@ def cleanup(gm: GraphModule, ctx: Context) -> int:
 def _is_removable(node: Node, ctx: Context) -> bool:
     if node.op == "placeholder":
         return node in ctx.bound or ctx.parameter(node) is not None
-    return is_view(node) or is_call(node, *PURE_FUNCTIONS) or is_method(node, "t", "size")
+    return is_view(node) or is_call(node, *PURE_FUNCTIONS) or is_method(node, *PURE_METHODS)

@@ -23,6 +23,7 @@ from qoqc.passes.merge import merge
 from qoqc.passes.normalize import normalize
 from qoqc.passes.rotary import rotary
 from qoqc.passes.share_quant import share_quant
+from qoqc.passes.windows import windows
 
 Pass = Callable[[GraphModule, Context], int]
 
@@ -30,6 +31,7 @@ PIPELINE: tuple[Pass, ...] = (
     normalize,  # first: the others know one spelling each
     causal,  # before attention, which takes masks as they are
     attention,  # before merge: it looks at the nodes the model wrote
+    windows,  # after attention, whose masks it takes apart; before rotary, which passes on the rest
     rotary,  # after attention, which tells what reads the cache; before merge, for the same reason
     merge,  # before linear: packs sibling weights as one
     fuse_glu,  # after merge, which stacks gate and up; before linear, which packs them in turns

@@ -12,7 +12,7 @@ from qoqc.ir import ops
 from qoqc.passes.append_sites import AppendSite, count_of, site_of
 from qoqc.passes.cache_reads import layer_name
 from qoqc.passes.context import Context, Refusal
-from qoqc.passes.match import example, is_call, is_method
+from qoqc.passes.match import argument, example, is_call, is_method
 from qoqc.passes.rotation_chain import Heads
 
 
@@ -76,11 +76,12 @@ def _fuse_decode(gm: GraphModule, site: AppendSite, counting: Node) -> None:
     append, attention = site.append, site.attention
     mask, scale, bits = attention.args[6], attention.args[9], attention.args[10]
     softcap, sinks = attention.args[12:14]
+    window = argument(attention, 14, "window", 0)
     with gm.graph.inserting_before(attention):
         front, grid = _arguments(gm, site)
         cache = (*append.args[:5], mask, sinks)
         fused = gm.graph.call_function(
-            ops.kv4_decode, (*front, *cache, *grid, scale, softcap, bits)
+            ops.kv4_decode, (*front, *cache, *grid, scale, softcap, bits, window)
         )
     fused.meta = dict(attention.meta)
     attention.replace_all_uses_with(fused)

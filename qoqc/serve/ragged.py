@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qoqc.ir import ops
-from qoqc.ir.spec import PAGE
 from qoqc.serve.pages import PADDING_PAGE, LayerPages, Pages
-from qoqc.serve.work import Work, in_window, leading_singles
+from qoqc.serve.work import Work, leading_singles
 
 FLASH_WIDTH = 256
 """Channels of a head up to which torch's flash attention goes."""
@@ -143,15 +142,12 @@ class RaggedStep:
         """The output [rows, Hq, Dv] of the tokens in front, each the last of its request."""
         pages, count = self._pages.layers[layer], self._count
         table, lengths = self._rows.table[:count], self._rows.lengths[layer, :count]
-        mask = None
-        if window:
-            mask = in_window(lengths[:, None], table.shape[1] * PAGE, window)
         one = [x[0, :, :count].transpose(0, 1).unsqueeze(2) for x in (q, k, v)]
         # queries and keys are turned already
         grid = ("none", 0.0, 0.0, True)
         out: Tensor = ops.kv4_decode(
-            *one, None, None, None, None, *pages.tensors, table, lengths, mask, sinks, *grid,
-            scale, softcap, pages.bits,
+            *one, None, None, None, None, *pages.tensors, table, lengths, None, sinks, *grid,
+            scale, softcap, pages.bits, window,
         )  # fmt: skip
         return out[:, :, 0]
 
@@ -182,13 +178,9 @@ def _attend_pages(
     sinks: Tensor | None,
 ) -> Tensor:
     """A chunk from q [1, Hq, S, Dk] over all of its request's tokens: [1, Hq, S, Dv]."""
-    mask = None
-    if window:
-        places = torch.arange(prompt.count, device=q.device) + prompt.start
-        mask = in_window(places[None], prompt.table.shape[1] * PAGE, window)
     out: Tensor = ops.kv4_attention(
-        q, *pages.tensors, prompt.table, prompt.stop, mask, None, None, scale, pages.bits, True,
-        softcap, sinks,
+        q, *pages.tensors, prompt.table, prompt.stop, None, None, None, scale, pages.bits, True,
+        softcap, sinks, window,
     )  # fmt: skip
     return out
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from qoqc.ir import ops
 from qoqc.ir.spec import PAGE
 from qoqc.serve.pages import LayerPages, Pages
-from qoqc.serve.work import Work, in_window, leading_singles
+from qoqc.serve.work import Work, leading_singles
 
 PAGES_PER_CALL = 512
 """Pages that one call reads at most: they are there in fp32, 16 MB for 8 heads of 64 channels."""
@@ -88,16 +88,12 @@ class TiledStep:
         out = q.new_zeros(tokens + 1, q.shape[1], v.shape[3])
         for tiles in self._tiles:
             count, used = tiles.table.shape
-            mask = None
-            if window:
-                places = torch.arange((used - 1) * PAGE, used * PAGE, device=q.device)
-                mask = in_window(places[None], used * PAGE, window)
             part = ops.kv4_attention(
                 row[:, tiles.taken].transpose(0, 1),
                 *pages.tensors,
                 tiles.table,
                 torch.full((count,), used * PAGE, device=q.device),
-                mask,
+                None,
                 None,
                 None,
                 scale,
@@ -105,6 +101,7 @@ class TiledStep:
                 True,
                 softcap,
                 sinks,
+                window,
             )
             out[tiles.taken] = part.transpose(1, 2)
         return out[None, :tokens]

@@ -46,15 +46,6 @@ def leading_singles(works: Sequence[Work]) -> int:
     return len(works)
 
 
-def in_window(queries: torch.Tensor, keys: int, window: int) -> torch.Tensor:
-    """Which keys are among the last `window` for queries at positions int64 [B, S].
-
-    bool [B, 1, S, keys]; keys after the query are not excluded here.
-    """
-    key = torch.arange(keys, device=queries.device)
-    return (key > queries[..., None] - window)[:, None]
-
-
 def warm_sizes(most: int, device: torch.device) -> list[int]:
     """The tokens of steps with prompts, `most` at most, that leave nothing to compile for others.
 

@@ -373,7 +373,7 @@ def test_candidates_are_legal(family: Family) -> None:
 def test_refused() -> None:
     call = make_call((20,), seq=2, mask=(1, 1))
     assert call.mask is not None
-    wrong = {
+    wrong: dict[str, dict[str, Any]] = {
         "does not fit pages": {"q": call.q[:, :3]},
         "mask must be bool": {"mask": call.mask.float()},
         "B or 1, Hq or 1": {"mask": call.mask.expand(1, 3, 2, 20)},

@@ -1,0 +1,214 @@
+"""Causality and sliding windows that a graph writes as masks: arguments of attention over pages."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from qoqc.ir import ops
+from qoqc.passes.causal import counted
+from qoqc.passes.context import Context
+from qoqc.passes.fusing import operands
+from qoqc.passes.match import example, is_call, is_copy_of, is_method, is_slice, written
+from qoqc.runtime.dynamo import same_size
+
+AND = (operator.and_, torch.logical_and, torch.bitwise_and)
+
+Memo = dict[tuple[Node, frozenset[Node]], Node | None]
+"""What is left of a mask without some of its terms: layers share their masks."""
+
+
+def windows(gm: GraphModule, ctx: Context) -> int:
+    """Take what attention knows by itself out of its masks; returns out of how many.
+
+        keys, queries = arange(T), arange(S) + length[0]
+        length.add_(S)
+        mask = ((keys <= queries) & (keys > queries - 512) & padding[b, keys]).expand(B, 1, S, T)
+        o = kv4_attention(q, pages, length, mask, ...)
+          ->  o = kv4_attention(q, pages, length, padding[b, keys].expand(...), ..., causal, 512)
+
+    Masks are made from the length of one layer, that of its first sequence: all layers and
+    sequences of a KV4Cache have as many tokens, padding included. Terms that are anything else,
+    and windows whose width the graph is given, stay.
+    """
+    count = 0
+    memo: Memo = {}
+    for node in [node for node in gm.graph.nodes if is_call(node, ops.kv4_attention)]:
+        mask = node.args[6]
+        places = _Places.of(gm, ctx, node)
+        if not isinstance(mask, Node) or places is None:
+            continue
+        terms = list(_terms(mask))
+        past = {term for term in terms if places.are_past(term)}
+        widths = {term: places.width(term) for term in terms}
+        near = {term: width for term, width in widths.items() if width}
+        if not (past or near) or len(set(near.values())) > 1:
+            continue
+        taken = frozenset(past | {*near} | {term for term in terms if _is_true(term)})
+        rest = _rest(gm, mask, taken, memo)
+        if rest is not None and not same_size(example(rest).shape[-1], places.keys):
+            continue
+        *front, causal, softcap, sinks = node.args[:14]
+        front[6] = rest
+        node.args = (*front, causal or bool(past), softcap, sinks, max(near.values(), default=0))
+        count += 1
+    return count
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """Which positions the keys and queries of one attention have.
+
+    order   place of every node in the graph
+    length  of its layer; counts the new tokens when attention reads it
+    """
+
+    ctx: Context
+    order: dict[Node, int]
+    length: Node
+    keys: Any
+    queries: Any
+
+    @classmethod
+    def of(cls, gm: GraphModule, ctx: Context, attention: Node) -> _Places | None:
+        """None where more than its new tokens is counted in front of it, or without a mask."""
+        order = {node: number for number, node in enumerate(gm.graph.nodes)}
+        length, mask = attention.args[5], example(attention.args[6])
+        if not isinstance(length, Node) or mask is None:
+            return None
+        queries = example(attention.args[0]).shape[2]
+        counts = [n for n in order if written(n) is length and order[n] < order[attention]]
+        if len(counts) != 1 or not is_method(counts[0], "add_") or len(counts[0].args) != 2:
+            return None
+        added = counts[0].args[1]
+        if not same_size(example(added) if isinstance(added, Node) else added, queries):
+            return None
+        return cls(ctx, order, length, mask.shape[-1], queries)
+
+    def are_past(self, term: Node) -> bool:
+        """Is it `keys <= queries`?"""
+        key, query = _in_order(term, "le", "ge")
+        return self._are_keys(key) and self._are_queries(query)
+
+    def width(self, term: Node) -> int:
+        """W, if it is `keys > queries - W`; else 0."""
+        oldest, key = _in_order(term, "lt", "gt")
+        query, width = operands(oldest, "sub") or (None, None)
+        if not isinstance(width, int) or width < 1:
+            return 0
+        return width if self._are_keys(key) and self._are_queries(query) else 0
+
+    def _are_keys(self, node: Any) -> bool:
+        """0, 1, .. along the last axis?"""
+        found = counted(node, -1) if isinstance(node, Node) else None
+        return found is not None and found[1] == 0 and same_size(found[0], self.keys)
+
+    def _are_queries(self, node: Any) -> bool:
+        """The number of cached tokens and the numbers after it, along the axis before the last?"""
+        found = counted(node, -2) if isinstance(node, Node) else None
+        if found is None or not isinstance(found[1], Node) or not same_size(found[0], self.queries):
+            return False
+        cached: Any = found[1]
+        while is_copy_of(cached):
+            cached = cached.args[0]
+        if not is_slice(cached) or cached.args[1] != 0 or not self._is_length(cached.args[0]):
+            return False
+        # `length[0]` is a view of what is counted up: it is read where positions are computed
+        read = max(self.order.get(user, len(self.order)) for user in found[1].users)
+        length = cached.args[0]
+        return all(read < place for n, place in self.order.items() if written(n) is length)
+
+    def _is_length(self, node: Any) -> bool:
+        """The length of a layer of the same cache?"""
+        if not isinstance(node, Node) or node.op != "placeholder":
+            return False
+        appends = any(is_call(user, ops.kv4_append) and user.args[4] is node for user in node.users)
+        names = (re.sub(r"\d+", "", self.ctx.name(x)) for x in (self.length, node))
+        return appends and len(set(names)) == 1
+
+
+def _in_order(term: Node, upwards: str, downwards: str) -> tuple[Any, Any]:
+    """(a, b) of `a < b` or `b > a`; of another node (None, None)."""
+    high_first = operands(term, downwards) or (None, None)
+    return operands(term, upwards) or (high_first[1], high_first[0])
+
+
+def _terms(mask: Node) -> Iterator[Node]:
+    """What must hold at once where a mask is True."""
+    if _joins(mask) or _passes_on(mask):
+        for part in mask.args[: 2 if _joins(mask) else 1]:
+            assert isinstance(part, Node)
+            yield from _terms(part)
+    else:
+        yield mask
+
+
+def _joins(node: Node) -> bool:
+    return is_call(node, *AND) and len(node.args) == 2 and all(map(_is_bool, node.args))
+
+
+def _passes_on(node: Node) -> bool:
+    """Does it give its argument again, or repeat it along axes of size 1 or in front?"""
+    in_front = is_method(node, "unsqueeze") and node.args[1:] == (0,)
+    return is_method(node, "expand") or is_copy_of(node) or in_front
+
+
+def _is_bool(node: Any) -> bool:
+    value = example(node)
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bool
+
+
+def _is_true(term: Node) -> bool:
+    """Nothing but True, and nobody writes to it?"""
+    filled = is_method(term, "new_ones") or is_call(term, torch.ones)
+    return filled and _is_bool(term) and all(is_call(user, *AND) for user in term.users)
+
+
+def _rest(gm: GraphModule, mask: Node, taken: frozenset[Node], memo: Memo) -> Node | None:
+    """A mask without the terms that are taken; None if none is left."""
+    if mask in taken:
+        return None
+    if not (_joins(mask) or _passes_on(mask)):
+        return mask
+    if (mask, taken) not in memo:
+        parts = [
+            _rest(gm, x, taken, memo) for x in mask.args if isinstance(x, Node) and _is_bool(x)
+        ]
+        left = [part for part in parts if part is not None]
+        others = mask.args[len(parts) :]
+        if (*left, *others) == mask.args:
+            made: Node | None = mask
+        elif len(left) == 1 and len(parts) == 2:
+            made = _with_axes(gm, left[0], example(mask).dim())
+        else:
+            made = _like(gm, mask, *left, *others) if left else None
+        memo[mask, taken] = made
+    return memo[mask, taken]
+
+
+def _with_axes(gm: GraphModule, node: Node, dims: int) -> Node:
+    """With axes of size 1 in front, up to `dims`."""
+    while example(node).dim() < dims:
+        with gm.graph.inserting_after(node):
+            wider = gm.graph.call_method("unsqueeze", (node, 0))
+        wider.meta["example_value"] = example(node).unsqueeze(0)
+        node = wider
+    return node
+
+
+def _like(gm: GraphModule, node: Node, *args: Any) -> Node:
+    """The same operation on other arguments, right behind it."""
+    with gm.graph.inserting_after(node):
+        made = gm.graph.create_node(node.op, node.target, args, node.kwargs)
+    values = torch.fx.node.map_arg(args, example)
+    target: Any = node.target
+    if node.op == "call_method":
+        target = getattr(torch.Tensor, target)
+    made.meta["example_value"] = target(*values, **node.kwargs)
+    return made
