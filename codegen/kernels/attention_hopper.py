@@ -164,8 +164,10 @@ def refuses(spec: AttentionSpec, device: DeviceKey) -> str | None:
         return f"heads of {kv.k_dim} and {kv.v_dim} channels in {kv.bits} bits"
     if spec.dtype not in (torch.bfloat16, torch.float16):
         return f"queries of {spec.dtype}"
-    if spec.has_mask or spec.has_softcap or spec.has_window:
-        return "a mask, a soft cap or a window"
+    if spec.has_mask or spec.has_softcap:
+        return "a mask or a soft cap"
+    if spec.has_window:
+        return "a window"
     return None
 
 

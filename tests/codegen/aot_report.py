@@ -5,6 +5,7 @@ A process of its own, because Triton compiles nothing in one that interprets.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -95,6 +96,9 @@ def step_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
     yield "step_attend", llama, 4
     yield "step_attend", qwen, 4
     yield "step_combine", llama, 1
+    mistral = StepSpec(32, kv, bf16, rotated=128, has_window=True)
+    yield "step_attend", mistral, 4
+    yield "step_combine", mistral, 1
     if hopper:
         cohere = StepSpec(8, KVSpec(8, 64, 64), torch.float16, "interleaved", 64)
         gemma = StepSpec(8, KVSpec(4, 256, 256), bf16, rotated=256, has_softcap=True)
@@ -181,11 +185,13 @@ def attention_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
     plain = AttentionSpec(32, kv, torch.bfloat16)
     full = AttentionSpec(32, kv, torch.bfloat16, has_mask=True, has_chunk=True)
     yield "attention_combine", plain, 1
-    for spec, tokens in itertools.product((plain, full), (1, 4)):
+    window = AttentionSpec(32, kv, torch.bfloat16, has_window=True)
+    for spec, tokens in itertools.product((plain, full, window), (1, 4)):
         yield "attention_decode", spec, tokens
     for chunk in (False, True):
         spec = AttentionSpec(32, kv, torch.bfloat16, has_chunk=chunk, causal=True)
         yield "attention_prefill", spec, 1024
+        yield "attention_prefill", dataclasses.replace(spec, has_window=True), 1024
         if hopper:
             yield "attention_hopper", spec, 1024
     if hopper:

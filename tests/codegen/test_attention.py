@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -7,6 +10,7 @@ import pytest
 import torch
 
 from qoqc.codegen import dispatch
+from qoqc.codegen.build import build
 from qoqc.codegen.family import Family
 from qoqc.codegen.kernels import attention_decode
 from qoqc.codegen.kernels.attention import Call
@@ -368,6 +372,16 @@ def test_candidates_are_legal(family: Family) -> None:
                 assert family.heuristic(spec, size, key) in tiles
                 for tile in tiles:
                     family.bind(spec, tile)
+
+
+@pytest.mark.parametrize("family", [ATTENTION_DECODE, ATTENTION_PREFILL], ids=lambda f: f.name)
+def test_generated_files_check_themselves(family: Family, device: torch.device) -> None:
+    spec = AttentionSpec(4, KVSpec(2, 16, 16), torch.float32, has_chunk=True, causal=True)
+    for each in (spec, dataclasses.replace(spec, has_window=True)):
+        kernel = build(family, each, family.heuristic(each, 3, device_key(device)))
+        run = subprocess.run([sys.executable, str(kernel.path)], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert "relative error" in run.stdout
 
 
 def test_refused() -> None:

@@ -34,6 +34,7 @@ CPU = torch.device("cpu")
         ({"dtype": torch.float32}, "queries of torch.float32"),
         ({"has_mask": True}, "a mask or a soft cap"),
         ({"has_softcap": True}, "a mask or a soft cap"),
+        ({"has_window": True}, "a window"),
     ],
 )
 def test_what_it_refuses_runs_by_the_other_form(changes: dict[str, Any], reason: str) -> None:

@@ -252,7 +252,8 @@ def test_one_step_after_another(fused: int, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("family", [STEP_APPEND, STEP_ATTEND, STEP_COMBINE], ids=lambda f: f.name)
 def test_generated_files_check_themselves(family: Family, device: torch.device) -> None:
     spec = tiny(form="interleaved", rotated=8, normed=True, has_mask=True)
-    checked(build(family, spec, family.heuristic(spec, 3, device_key(device))))
+    for each in (spec, dataclasses.replace(spec, has_window=True)):
+        checked(build(family, each, family.heuristic(each, 3, device_key(device))))
 
 
 def test_the_second_of_two_launches_checks_itself(

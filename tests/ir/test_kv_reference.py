@@ -80,10 +80,11 @@ class Cache:
         k_chunk: torch.Tensor | None = None,
         v_chunk: torch.Tensor | None = None,
         causal: bool = False,
+        window: int = 0,
     ) -> torch.Tensor:
         return kv_reference.kv_attention(
             q, self.k, self.v, self.words, self.table, torch.tensor(length, dtype=torch.long), mask,
-            k_chunk, v_chunk, 0.25, self.bits, causal,
+            k_chunk, v_chunk, 0.25, self.bits, causal, window=window,
         )  # fmt: skip
 
 
@@ -286,6 +287,7 @@ def loop_attention(
     length: list[int],
     mask: torch.Tensor | None,
     causal: bool,
+    window: int,
 ) -> torch.Tensor:
     """fp64, one query at a time; k, v [B, H, T, D] are the values the cache should give."""
     batch, heads, seq, _ = q.shape
@@ -298,6 +300,7 @@ def loop_attention(
                     j
                     for j in range(length[b])
                     if (not causal or j <= length[b] - seq + i)
+                    and (not window or j > length[b] - seq + i - window)
                     and (mask is None or bool(mask.expand(batch, heads, seq, -1)[b, h, i, j]))
                 ]
                 if seen:
@@ -310,10 +313,18 @@ def loop_attention(
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("seq", [1, 5])
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("masked", ["none", "all heads", "per head"])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_attention_equals_a_loop(
-    bits: int, heads: int, kv_heads: int, seq: int, causal: bool, masked: str, chunked: bool
+    bits: int,
+    heads: int,
+    kv_heads: int,
+    seq: int,
+    causal: bool,
+    masked: str,
+    chunked: bool,
+    window: int,
 ) -> None:
     cache = Cache(3, kv_heads, 8, 6, bits)
     k, v = cache.tokens(70)
@@ -330,8 +341,8 @@ def test_attention_equals_a_loop(
         mask = randn(*shape, seed=5) > 0
         mask[..., 0, :] = False  # the first query sees nothing
     q = randn(3, heads, seq, 8, seed=9)
-    got = cache.attention(q, length, mask, k_chunk, v_chunk, causal)
-    want = loop_attention(q, k, v, length, mask, causal)
+    got = cache.attention(q, length, mask, k_chunk, v_chunk, causal, window)
+    want = loop_attention(q, k, v, length, mask, causal, window)
     assert got.shape == (3, heads, seq, 6)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-6)
@@ -362,6 +373,9 @@ def test_attention_never_reads_past_a_length(bits: int) -> None:
     got = cache.attention(q, [81, 41])
     assert not got.isnan().any()
     assert torch.equal(got, clean.attention(q, [81, 41]))
+    near = clean.attention(q, [81, 41], window=5)
+    cache.append([0, 0], *(torch.full_like(x, float("nan"))[:, :, :36] for x in (k, v)))
+    assert torch.equal(cache.attention(q, [81, 41], window=5), near)
 
 
 @both_bits

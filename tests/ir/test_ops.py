@@ -193,14 +193,14 @@ CASES: dict[str, Callable[[], Case]] = {
     "kv4_dequant 4 bit": lambda: (ops.kv4_dequant, dequant_args(4, BF16, chunk=False)),
     "kv4_dequant 8 bit chunk": lambda: (ops.kv4_dequant, dequant_args(8, FP16, chunk=True)),
     "kv4_attention decode": lambda: (
-        ops.kv4_attention, (*attention_args(4, BF16, 1, False, False, False), 0.0, None)
+        ops.kv4_attention, (*attention_args(4, BF16, 1, False, False, False), 0.0, None, 0)
     ),
     "kv4_attention mask": lambda: (
-        ops.kv4_attention, (*attention_args(4, FP32, 3, True, False, False), 0.0, None)
+        ops.kv4_attention, (*attention_args(4, FP32, 3, True, False, False), 0.0, None, 2)
     ),
     "kv4_attention chunk causal": lambda: (
         ops.kv4_attention,
-        (*attention_args(8, BF16, 5, False, True, True), 20.0, randn(4, seed=9)),
+        (*attention_args(8, BF16, 5, False, True, True), 20.0, randn(4, seed=9), 66),
     ),
     "attention causal": lambda: (
         ops.attention,
@@ -221,12 +221,13 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "kv4_decode": lambda: (
         ops.kv4_decode,
-        (*rotated_args(4, BF16, 1, normed=False), None, None, "half", 1e-6, 0.0, True, 0.3, 0.0, 4),
+        (*rotated_args(4, BF16, 1, normed=False), None, None, "half", 1e-6, 0.0, True, 0.3, 0.0,
+         4, 0),
     ),
     "kv4_decode sinks": lambda: (
         ops.kv4_decode,
         (*rotated_args(8, FP32, 1, normed=True), randn(2, 1, 1, 128, seed=8) > 0, randn(4, seed=9),
-         "none", 1e-6, 0.0, True, 0.3, 20.0, 8),
+         "none", 1e-6, 0.0, True, 0.3, 20.0, 8, 5),
     ),
     "kv4_round 4 bit": lambda: (ops.kv4_round, (randn(2, 3, 8).to(BF16), 4)),
     "kv4_round 8 bit strided": lambda: (ops.kv4_round, (strided(randn(2, 3, 8)), 8)),

@@ -38,9 +38,9 @@ def made(lengths: list[int], history: list[int], device: torch.device) -> dict[s
     return {n: x if x is None else x.to(device) for n, x in call.items()}
 
 
-def run(call: dict[str, Any], cu_seqlens: torch.Tensor) -> torch.Tensor:
+def run(call: dict[str, Any], cu_seqlens: torch.Tensor, window: int = 0) -> torch.Tensor:
     out: torch.Tensor = packed_prefill(
-        *call.values(), cu_seqlens, *GRID, SCALE, 0.0, None, 4
+        *call.values(), cu_seqlens, *GRID, SCALE, 0.0, None, 4, window
     )  # fmt: skip
     return out
 
@@ -49,6 +49,7 @@ def offsets(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
+@pytest.mark.parametrize("window", [0, 66])
 @pytest.mark.parametrize(
     ("lengths", "history"),
     [
@@ -59,10 +60,10 @@ def offsets(lengths: list[int]) -> torch.Tensor:
     ],
 )
 def test_each_sequence_is_what_it_is_alone(
-    lengths: list[int], history: list[int], device: torch.device
+    lengths: list[int], history: list[int], window: int, device: torch.device
 ) -> None:
     call, cpu = (made(lengths, history, d) for d in (device, torch.device("cpu")))
-    out = run(call, offsets(lengths)).cpu()
+    out = run(call, offsets(lengths), window).cpu()
     assert out.shape == (1, HEADS, sum(lengths), DIM)
     for row, (begin, count) in enumerate(zip(offsets(lengths).tolist(), lengths, strict=False)):
         if not count:
@@ -75,7 +76,7 @@ def test_each_sequence_is_what_it_is_alone(
             cpu["sin"][:, own], *pages, start, *GRID, 4,
         )  # fmt: skip
         want = kv_reference.kv_attention(
-            q, *pages, start + count, None, k, cpu["v"][:, :, own], SCALE, 4, True
+            q, *pages, start + count, None, k, cpu["v"][:, :, own], SCALE, 4, True, window=window
         )
         torch.testing.assert_close(out[:, :, own], want, rtol=1e-5, atol=1e-5)
     for name in ("k_pages", "v_pages", "kv_words"):
