@@ -39,9 +39,11 @@ def windows(gm: GraphModule, ctx: Context) -> int:
     """
     count = 0
     memo: Memo = {}
-    for node in [node for node in gm.graph.nodes if is_call(node, ops.kv4_attention)]:
+    order = {node: number for number, node in enumerate(gm.graph.nodes)}
+    writes = [node for node in order if written(node) is not None]
+    for node in [node for node in order if is_call(node, ops.kv4_attention)]:
         mask = node.args[6]
-        places = _Places.of(gm, ctx, node)
+        places = _Places.of(node, ctx, order, writes)
         if not isinstance(mask, Node) or places is None:
             continue
         terms = list(_terms(mask))
@@ -66,30 +68,33 @@ class _Places:
     """Which positions the keys and queries of one attention have.
 
     order   place of every node in the graph
+    writes  nodes that write in place
     length  of its layer; counts the new tokens when attention reads it
     """
 
     ctx: Context
     order: dict[Node, int]
+    writes: list[Node]
     length: Node
     keys: Any
     queries: Any
 
     @classmethod
-    def of(cls, gm: GraphModule, ctx: Context, attention: Node) -> _Places | None:
+    def of(
+        cls, attention: Node, ctx: Context, order: dict[Node, int], writes: list[Node]
+    ) -> _Places | None:
         """None where more than its new tokens is counted in front of it, or without a mask."""
-        order = {node: number for number, node in enumerate(gm.graph.nodes)}
         length, mask = attention.args[5], example(attention.args[6])
         if not isinstance(length, Node) or mask is None:
             return None
         queries = example(attention.args[0]).shape[2]
-        counts = [n for n in order if written(n) is length and order[n] < order[attention]]
+        counts = [n for n in writes if written(n) is length and order[n] < order[attention]]
         if len(counts) != 1 or not is_method(counts[0], "add_") or len(counts[0].args) != 2:
             return None
         added = counts[0].args[1]
         if not same_size(example(added) if isinstance(added, Node) else added, queries):
             return None
-        return cls(ctx, order, length, mask.shape[-1], queries)
+        return cls(ctx, order, writes, length, mask.shape[-1], queries)
 
     def are_past(self, term: Node) -> bool:
         """Is it `keys <= queries`?"""
@@ -122,7 +127,7 @@ class _Places:
         # `length[0]` is a view of what is counted up: it is read where positions are computed
         read = max(self.order.get(user, len(self.order)) for user in found[1].users)
         length = cached.args[0]
-        return all(read < place for n, place in self.order.items() if written(n) is length)
+        return all(read < self.order[n] for n in self.writes if written(n) is length)
 
     def _is_length(self, node: Any) -> bool:
         """The length of a layer of the same cache?"""
