@@ -46,8 +46,13 @@ def check(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
 
 def steps() -> None:
     """Decode steps with one part to a sequence, with parts that meet, and added up apart."""
-    for batch, cached in ((1, 300), (3, 100), (40, 70)):
-        spec = StepSpec(HEADS, KV, BF16, rotated=64)
+    for batch, cached, window in (
+        (1, 300, False),
+        (3, 100, False),
+        (40, 70, False),
+        (3, 400, True),
+    ):
+        spec = StepSpec(HEADS, KV, BF16, rotated=64, has_window=window)
         step = random_step(spec, batch, cached, DEVICE)
         want = kv_reference.kv_decode(*values(step))
         check(f"kv4_decode {batch} x {cached}", dispatch.kv4_decode(*values(step)), want)
