@@ -8,6 +8,7 @@ import torch
 
 from qoqc.bench.measure import System
 from qoqc.decode.probe import probe_kv
+from qoqc.decode.slices import rows_of
 from qoqc.runtime.kv_cache import KV4Cache
 
 PROBE = 8
@@ -23,7 +24,8 @@ STEP = 32
 def largest_batch(system: System, prompt: int, gen: int, fallback: int) -> int:
     """Sequences of `prompt` + `gen` tokens that fit; `fallback` on a CPU.
 
-    Activations are taken from the peak of a small prefill: they grow with the batch.
+    Activations are taken from the peak of a small prefill: they grow with the batch, up to what
+    qoqc's loop prefills at once.
     """
     device = system.device
     if device.type != "cuda":
@@ -36,8 +38,12 @@ def largest_batch(system: System, prompt: int, gen: int, fallback: int) -> int:
     activations = (torch.cuda.max_memory_allocated(device) - before) / PROBE
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    per_sequence = activations + kv_bytes(system.model) * (prompt + gen)
-    batch = int((free - RESERVE * total) / per_sequence)
+    kept = kv_bytes(system.model) * (prompt + gen)
+    room = free - RESERVE * total
+    batch = int(room / (activations + kept))
+    if getattr(system.model, "qoqc_loop", False):
+        at_once = rows_of(prompt)
+        batch = max(batch, int((room - at_once * activations) / kept))
     return max(batch // STEP * STEP if batch >= STEP else batch, 1)
 
 

@@ -15,6 +15,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from qoqc.decode.choose import Chooser
 from qoqc.decode.request import Request, refusal
 from qoqc.decode.select import ignored_prefix
+from qoqc.decode.slices import prefill
 from qoqc.decode.steps import Steps
 from qoqc.decode.watch import Watch
 from qoqc.errors import CacheFull
@@ -113,9 +114,7 @@ def generate(request: Request, steps: Steps) -> Any:
     length, cached = request.input_ids.shape[1], request.input_ids.shape[1]
     capacity = cache.get_max_length()
     _require_room(length, capacity)
-    outputs = model._prefill(request.input_ids, request.config, kwargs, is_first_iteration=True)
-    logits = outputs.logits[:, -1]
-    del outputs  # without logits_to_keep those of the whole prompt
+    logits = prefill(request, kwargs)
     if not fresh:
         cached = int(cache.get_seq_length())
         _require_room(cached, capacity)

@@ -6,6 +6,7 @@ attention is right in eager mode on any device; the attention pass fuses the deq
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -73,6 +74,15 @@ class KV4Cache(Cache):
                 layer.allocate(batch, spec, device, dtype, within=pool)
             else:
                 layer.allocate(batch, spec, device, within=pool)
+
+    def rows(self, first: int, last: int) -> KV4Cache:
+        """The sequences first to last - 1 as a cache of their own, in the memory of this one.
+
+        What is appended there is here as well, but for `empty` of the layers.
+        """
+        part = copy.copy(self)
+        part.layers = [layer.rows(first, last) for layer in self.layers]
+        return part
 
     def rewind(self, tokens: int) -> None:
         """Forget the last `tokens` tokens of every sequence."""

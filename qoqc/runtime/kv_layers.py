@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -84,13 +85,24 @@ class KV4Layer(CacheLayerMixin):
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
         # transformers looks at these two names for "is there a cache", never at their values
         self.keys, self.values = self.k_pages, self.v_pages
+        self._mark()
+        self.is_initialized = True
+
+    def _mark(self) -> None:
+        """Tell Dynamo and CUDA graphs which sizes and addresses stay the same."""
         _keep_in_place(self.k_pages, self.v_pages, self.kv_words, self.block_table, self.length)
         _keep_sizes(self.k_pages, self.v_pages, self.kv_words)
         if not torch.compiler.is_compiling():
             for pool in (self.k_pages, self.v_pages, self.kv_words, self.length):
                 vary(pool, 0)
             vary(self.block_table, 0, 1)
-        self.is_initialized = True
+
+    def rows(self, first: int, last: int) -> KV4Layer:
+        """The sequences first to last - 1 of an allocated layer, in the same memory."""
+        part = copy.copy(self)
+        part.block_table, part.length = self.block_table[first:last], self.length[first:last]
+        part._mark()
+        return part
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -199,9 +211,21 @@ class KV16Layer(KV4Layer):
             self.keys = within.keys.view(-1)[: count * spec.k_dim].view(*shape, spec.k_dim)
             self.values = within.values.view(-1)[: count * spec.v_dim].view(*shape, spec.v_dim)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._mark()
+        self.is_initialized = True
+
+    def _mark(self) -> None:
+        """Tell Dynamo and CUDA graphs which sizes and addresses stay the same."""
         _keep_in_place(self.keys, self.values, self.length)
         _keep_sizes(self.keys, self.values, fixed=(1, 3))
-        self.is_initialized = True
+
+    def rows(self, first: int, last: int) -> KV16Layer:
+        """The sequences first to last - 1 of an allocated layer, in the same memory."""
+        part = copy.copy(self)
+        parts = (tensor[first:last] for tensor in (self.keys, self.values, self.length))
+        part.keys, part.values, part.length = parts
+        part._mark()
+        return part
 
     def bytes_per_token(self) -> int:
         """Memory of one token of one sequence, read off the allocated tensors."""
