@@ -45,13 +45,18 @@ def adopt_weights(
         return 0
     with PackedFile(Path(directory), waiting[0][1].device) as file:
         file.require_group_size(group_size)
-        table.adopt(file.directory, file.manifest.tuning_tables(file.directory))
-        count = 0
-        for name, param in waiting:
-            found = file.find(name, tuple(param.shape))
-            entry = file.manifest.weights.get(found)
-            if entry is not None:
-                STORE.adopt(WeightRef(param, entry.transposed, name), file.packed(found))
-                count += 1
-            _ADOPTED[param] = root
-    return count
+        weights = file.manifest.weights
+        stored = {name: file.find(name, tuple(param.shape)) for name, param in waiting}
+        file.read_ahead(found for found in stored.values() if found in weights)
+        adopted = [
+            (WeightRef(param, weights[found].transposed, name), file.packed(found))
+            for name, param in waiting
+            if (found := stored[name]) in weights
+        ]
+    # only now the files are known to be sound
+    table.adopt(file.directory, file.manifest.tuning_tables(file.directory))
+    for ref, packed in adopted:
+        STORE.adopt(ref, packed)
+    for _, param in waiting:
+        _ADOPTED[param] = root
+    return len(adopted)

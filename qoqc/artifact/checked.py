@@ -56,20 +56,43 @@ def require_plain_names(names: Iterable[str]) -> None:
             raise ValueError(f"{name!r} is not a file of the artifact")
 
 
-def verify_files(
+class ShardHashes:
+    """Weight files that are being compared with their SHA-256, in threads of its own."""
+
+    def __init__(self, directory: Path, expected: Mapping[str, str]) -> None:
+        """Begin, with files of `directory`."""
+        self._directory = directory
+        self._expected = expected
+        # hashing leaves the interpreter's lock, and one stream is slower than memory and disk
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "qoqc-hash")
+        self._found = {name: self._pool.submit(checksum, directory / name) for name in expected}
+
+    def close(self) -> None:
+        """Wait until all are compared; no thread runs any more."""
+        self._pool.shutdown(wait=True)
+
+    def require_sound(self) -> None:
+        """Wait until all are compared; raises ArtifactError, naming the first damaged file."""
+        self.close()
+        for name, found in self._found.items():
+            if found.result() != self._expected[name]:
+                raise _damaged(self._directory, name)
+
+
+def begin_verify(
     directory: Path,
     files: Mapping[str, str],
     shards: Mapping[str, Shard],
     mode: Verify = "full",
     *,
     optional: Iterable[str] = (),
-) -> int:
-    """Compare files with their SHA-256, many at a time; returns how many were there.
+) -> ShardHashes:
+    """Compare files with their SHA-256; of the weight files, size and header only, for now.
 
-    mode      "lazy": of the weight files only size and header are compared
+    mode      "lazy": their values are not compared at all
     optional  names that may be missing; they are compared if they are there
 
-    Raises ArtifactError, naming the file.
+    Returns the comparison of the weight files that runs on. Raises ArtifactError, naming the file.
     """
     may_miss = set(optional)
     present = []
@@ -78,34 +101,42 @@ def verify_files(
             present.append(name)
         elif name not in may_miss:
             raise ArtifactError(f"{directory}: {name} is missing; {_remedy(directory)}")
-    # hashing leaves the interpreter's lock, and one stream is slower than memory and disk
+    large = sorted(shards.keys() & set(present), key=lambda name: -shards[name].size)
+    small = [name for name in present if name not in shards]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for name, sound in zip(
-            present,
-            pool.map(
-                lambda name: _is_sound(directory / name, files[name], shards.get(name), mode),
-                present,
-            ),
-            strict=True,
-        ):
-            if not sound:
-                raise ArtifactError(
-                    f"{directory}: {name} is damaged (its SHA-256 is not the recorded one); "
-                    f"{_remedy(directory)}"
-                )
-    return len(present)
+        found = pool.map(lambda name: checksum(directory / name), small)
+        damaged = [name for name, digest in zip(small, found, strict=True) if digest != files[name]]
+    damaged += [name for name in large if not _has_header(directory / name, shards[name])]
+    if damaged:
+        raise _damaged(directory, damaged[0])
+    return ShardHashes(directory, {name: files[name] for name in large if mode == "full"})
 
 
-def _is_sound(path: Path, expected: str, shard: Shard | None, mode: Verify) -> bool:
-    if shard is not None:
-        try:
-            if Shard.of(path) != shard:
-                return False
-        except ValueError:
-            return False
-        if mode == "lazy":
-            return True
-    return checksum(path) == expected
+def verify_files(
+    directory: Path,
+    files: Mapping[str, str],
+    shards: Mapping[str, Shard],
+    mode: Verify = "full",
+    *,
+    optional: Iterable[str] = (),
+) -> int:
+    """`begin_verify` and wait for the end; returns how many files were there."""
+    begin_verify(directory, files, shards, mode, optional=optional).require_sound()
+    return sum((directory / name).is_file() for name in files)
+
+
+def _has_header(path: Path, shard: Shard) -> bool:
+    try:
+        return Shard.of(path) == shard
+    except ValueError:
+        return False
+
+
+def _damaged(directory: Path, name: str) -> ArtifactError:
+    return ArtifactError(
+        f"{directory}: {name} is damaged (its SHA-256 is not the recorded one); "
+        f"{_remedy(directory)}"
+    )
 
 
 def _remedy(directory: Path) -> str:

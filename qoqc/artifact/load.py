@@ -88,14 +88,17 @@ def fill(model: Any, file: PackedFile) -> None:
     Raises ArtifactError if the artifact and the model differ in names or shapes.
     """
     manifest = file.manifest
-    modules = open_modules(model, manifest, file.directory)
-    for name, module in largest_first(modules):
+    packed_modules = open_modules(model, manifest, file.directory)
+    in_order = largest_first(packed_modules)
+    # weights of another kind of module, which runs compiled only
+    others = [name for name in manifest.weights if name not in packed_modules]
+    file.read_ahead([*(name for name, _ in in_order), *others, *manifest.tensors])
+    for name, module in in_order:
         module.seal(name, file.packed(name))
-    for name, entry in manifest.weights.items():
-        if name not in modules:  # of another kind of module, which runs compiled only
-            packed = file.packed(name)
-            param = released_parameter(name, packed, entry.torch_dtype, entry.transposed)
-            _place(model, name, param, file)
+    for name in others:
+        entry, packed = manifest.weights[name], file.packed(name)
+        param = released_parameter(name, packed, entry.torch_dtype, entry.transposed)
+        _place(model, name, param, file)
     for name in manifest.tensors:
         _place(model, name, file.tensor(name), file)
     for alias, name in manifest.aliases.items():

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from qoqc.artifact.checked import Shard, require_plain_names, verify_files
+from qoqc.artifact.checked import (
+    Shard,
+    ShardHashes,
+    begin_verify,
+    require_plain_names,
+    verify_files,
+)
 from qoqc.config import Options, Verify
 from qoqc.errors import ArtifactError
 from qoqc.ir.spec import GROUP, OUTPUT_DTYPES, TILE_N
@@ -183,12 +189,20 @@ class Manifest:
         all but the config and the weights may.
         Raises ArtifactError, naming the first file that is missing or damaged.
         """
+        files, optional = self._to_compare(directory)
+        return verify_files(directory, files, self.shards, mode, optional=optional)
+
+    def begin_verify(self, directory: Path, mode: Verify = "full") -> ShardHashes:
+        """`verify`, but for the values of the weight files, which are compared meanwhile."""
+        files, optional = self._to_compare(directory)
+        return begin_verify(directory, files, self.shards, mode, optional=optional)
+
+    def _to_compare(self, directory: Path) -> tuple[dict[str, str], set[str]]:
+        """Files with their checksums, and the names of those that may be missing."""
         files = {name: digest for name, digest in self.files.items() if name != CARD}
         if directory.parent.name == "snapshots":
-            optional = files.keys() - {CONFIG, *self.shards}
-        else:
-            optional = {name for name in files if name.startswith(ASIDE)}
-        return verify_files(directory, files, self.shards, mode, optional=optional)
+            return files, files.keys() - {CONFIG, *self.shards}
+        return files, {name for name in files if name.startswith(ASIDE)}
 
     def tuning_tables(self, directory: Path) -> list[Path]:
         """The files with tuning entries; one made again or not asked of the Hub may be missing."""

@@ -1,16 +1,17 @@
-"""Reading an artifact: verified once, tensors one by one."""
+"""Reading an artifact: tensors are read ahead while the weight files are verified."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from qoqc.artifact.manifest import Manifest, stored_name
+from qoqc.artifact.read_ahead import ReadAhead
+from qoqc.artifact.tensor_file import Staging, TensorFile
 from qoqc.config import verify_mode
 from qoqc.errors import ArtifactError
 from qoqc.quant.weight import PackedWeight
@@ -19,7 +20,10 @@ from qoqc.quant.weight import PackedWeight
 class PackedFile:
     """The tensors of an artifact, read onto `device`. A context manager.
 
-    Raises ArtifactError on entry if the artifact is missing, damaged or of another version.
+    Raises ArtifactError on entry if the artifact is missing, of another version, or damaged as far
+    as sizes, headers and small files tell. The values of the weight files are hashed meanwhile:
+    damage to them is raised when the block ends, in place of any other error, so what was read
+    counts for nothing before.
     """
 
     def __init__(self, directory: Path, device: torch.device) -> None:
@@ -27,22 +31,30 @@ class PackedFile:
         self.directory = directory
         self.device = device
         self._open = contextlib.ExitStack()
-        self._places: dict[str, Any] = {}
+        self._places: dict[str, TensorFile] = {}
+        self._staging: Staging | None = None
+        # the device and stream that are current belong to a thread; those that read take the
+        # caller's, on which the tensors will be used
+        self._stream: torch.cuda.Stream | None = None
+        if device.type != "cpu":
+            self._staging = Staging(pinned=device.type == "cuda")
+        if device.type == "cuda":
+            self._stream = torch.cuda.current_stream(device)
         self.manifest = Manifest.read(directory)
 
     def __enter__(self) -> PackedFile:
-        """Verify the files and open those with tensors."""
-        self.manifest.verify(self.directory, verify_mode())
-        for name in self.manifest.shards:
-            try:
-                opened: Any = safe_open(
-                    self.directory / name, framework="pt", device=str(self.device)
+        """Verify the files but for the values in those with tensors, and open these."""
+        self._hashes = self.manifest.begin_verify(self.directory, verify_mode())
+        try:
+            for name in self.manifest.shards:
+                file = self._open.enter_context(
+                    contextlib.closing(TensorFile(self.directory / name))
                 )
-                file = self._open.enter_context(opened)
-                self._places.update(dict.fromkeys(file.keys(), file))
-            except (OSError, SafetensorError) as error:
-                self._open.close()
-                raise ArtifactError(f"{self.directory}: {name} is damaged: {error}") from error
+                self._places.update(dict.fromkeys(file.names(), file))
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        self._ahead = self._open.enter_context(ReadAhead(self._read, self._size))
         return self
 
     def __exit__(
@@ -51,9 +63,18 @@ class PackedFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the files."""
-        self._places.clear()
-        self._open.close()
+        """Wait for what runs, close the files; raises ArtifactError if one is damaged."""
+        try:
+            self._open.close()
+            self._places.clear()
+        finally:
+            self._hashes.close()
+        if error is None or isinstance(error, Exception):
+            self._hashes.require_sound()
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Begin to read weights and tensors, in the order in which they will be asked for."""
+        self._ahead.expect(names)
 
     def require_group_size(self, group_size: int | None) -> None:
         """Raise ArtifactError if weights were packed with another group size; None takes any."""
@@ -68,9 +89,9 @@ class PackedFile:
         """The name under which the artifact holds the Parameter `name` of `shape`."""
         found = self.manifest.aliases.get(name, name)
         if found in self.manifest.weights:
-            stored = self.manifest.weights[found].shape
+            stored: tuple[int, ...] = self.manifest.weights[found].shape
         elif found in self.manifest.tensors:
-            stored = tuple(self._place(found).get_slice(found).get_shape())
+            stored = self._place(found).shape(found)
         else:
             first = next(iter([*self.manifest.weights, *self.manifest.tensors]), "nothing")
             raise ArtifactError(
@@ -86,18 +107,41 @@ class PackedFile:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor that is stored as it is, by its name."""
-        tensor: torch.Tensor = self._place(name).get_tensor(name)
-        # on a CPU it is a view of the mapped file: not aligned as an allocation is, which changes
-        # the order of some floating-point sums, and gone if the file is cut short later
-        return tensor.clone() if tensor.device.type == "cpu" else tensor
+        if name in self.manifest.weights:
+            raise ArtifactError(
+                f"{self.directory}: {name} is named as packed and as not; compile the model again"
+            )
+        tensor: torch.Tensor = self._ahead.take(name)
+        return tensor
 
     def packed(self, name: str) -> PackedWeight:
         """The packed weight of the Parameter `name`; shapes, dtypes and scales are checked."""
+        packed: PackedWeight = self._ahead.take(name)
+        return packed
+
+    def _read(self, name: str) -> torch.Tensor | PackedWeight:
+        """What `tensor` or `packed` returns; runs in several threads at once."""
+        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            if name in self.manifest.weights:
+                return self._read_packed(name)
+            return self._read_tensor(name)
+
+    def _size(self, name: str) -> int:
+        """Bytes of a tensor, or of a packed weight; 0 of what reading will not find."""
+        stored = [name]
+        if name in self.manifest.weights:
+            stored = [stored_name(name, part) for part in self.manifest.weights[name].expected()]
+        return sum(self._places[part].size(part) for part in stored if part in self._places)
+
+    def _read_tensor(self, name: str) -> torch.Tensor:
+        return self._place(name).read(name, self.device, self._staging)
+
+    def _read_packed(self, name: str) -> PackedWeight:
         entry = self.manifest.weights[name]
         parts = {}
         for suffix, (shape, dtype) in entry.expected().items():
             stored = stored_name(name, suffix)
-            tensor = self.tensor(stored)
+            tensor = self._read_tensor(stored)
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise ArtifactError(
                     f"{self.directory}: {stored} is {tensor.dtype} {list(tensor.shape)}, "
@@ -117,7 +161,7 @@ class PackedFile:
             entry.in_features,
         )
 
-    def _place(self, name: str) -> Any:
+    def _place(self, name: str) -> TensorFile:
         """The file a tensor is in."""
         if name not in self._places:
             raise ArtifactError(f"{self.directory}: no weight file holds {name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class PartFile(PackedFile):
         self._ranks = ranks
         self._cuts: Mapping[str, Cut] = {}
         self.bytes_read = 0
+        self._counting = threading.Lock()
 
     def __enter__(self) -> PartFile:
         """Verify the files, together with the other ranks, and open those with tensors."""
@@ -45,6 +47,9 @@ class PartFile(PackedFile):
             others.verify(self.directory, "lazy")
             self.manifest = mine
             super().__enter__()
+            # before the ranks part: one that found damage later could not tell the others, who
+            # wait for it in the model's first sum
+            self._hashes.require_sound()
         except ArtifactError as error:
             problem = str(error)
         self.manifest = manifest
@@ -68,26 +73,26 @@ class PartFile(PackedFile):
                 )
         self.manifest = dataclasses.replace(self._whole, weights=weights)
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def _read_tensor(self, name: str) -> torch.Tensor:
         """The rank's part of a tensor that is stored as it is."""
         path, _, leaf = name.rpartition(".")
         cut = self._cuts.get(path)
         if cut is None or leaf not in ("weight", "bias"):
-            return self._counted(super().tensor(name))
+            return self._counted(super()._read_tensor(name))
         if leaf == "weight":
             return self._slice(name, cut.index)
-        return self._counted(cut.of_bias(super().tensor(name)))
+        return self._counted(cut.of_bias(super()._read_tensor(name)))
 
-    def packed(self, name: str) -> PackedWeight:
+    def _read_packed(self, name: str) -> PackedWeight:
         """The rank's part of the packed weight of a Parameter; checked as whole ones are."""
         cut = self._cuts.get(name.removesuffix(".weight"))
         if cut is None:
-            return super().packed(name)
+            return super()._read_packed(name)
         entry = self._whole.weights[name]
         expected = entry.expected()
         for field, (shape, _) in expected.items():
             stored = stored_name(name, field)
-            found = tuple(self._place(stored).get_slice(stored).get_shape())
+            found = self._place(stored).shape(stored)
             if found != shape:
                 raise ArtifactError(
                     f"{self.directory}: {stored} has shape {list(found)}, expected {list(shape)}"
@@ -111,12 +116,12 @@ class PartFile(PackedFile):
 
     def _slice(self, stored: str, index: Index) -> torch.Tensor:
         if not index:
-            return self._counted(super().tensor(stored))
-        found: torch.Tensor = self._place(stored).get_slice(stored)[index]
-        return self._counted(found.clone() if found.device.type == "cpu" else found)
+            return self._counted(super()._read_tensor(stored))
+        return self._counted(self._place(stored).part(stored, index, self.device))
 
     def _counted(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.bytes_read += tensor.numel() * tensor.element_size()
+        with self._counting:
+            self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
 
