@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 import re
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from qoqc.ir import ops
 from qoqc.passes.causal import counted
 from qoqc.passes.context import Context
 from qoqc.passes.fusing import operands
+from qoqc.passes.mask_terms import Memo, is_true, terms_of, without
 from qoqc.passes.match import example, is_call, is_copy_of, is_method, is_slice, written
 from qoqc.runtime.dynamo import same_size
-
-AND = (operator.and_, torch.logical_and, torch.bitwise_and)
-
-Memo = dict[tuple[Node, frozenset[Node]], Node | None]
-"""What is left of a mask without some of its terms: layers share their masks."""
 
 
 def windows(gm: GraphModule, ctx: Context) -> int:
@@ -46,14 +39,14 @@ def windows(gm: GraphModule, ctx: Context) -> int:
         places = _Places.of(node, ctx, order, writes)
         if not isinstance(mask, Node) or places is None:
             continue
-        terms = list(_terms(mask))
+        terms = list(terms_of(mask))
         past = {term for term in terms if places.are_past(term)}
         widths = {term: places.width(term) for term in terms}
         near = {term: width for term, width in widths.items() if width}
         if not (past or near) or len(set(near.values())) > 1:
             continue
-        taken = frozenset(past | {*near} | {term for term in terms if _is_true(term)})
-        rest = _rest(gm, mask, taken, memo)
+        taken = frozenset(past | {*near} | {term for term in terms if is_true(term)})
+        rest = without(gm, mask, taken, memo)
         if rest is not None and not same_size(example(rest).shape[-1], places.keys):
             continue
         *front, causal, softcap, sinks = node.args[:14]
@@ -142,78 +135,3 @@ def _in_order(term: Node, upwards: str, downwards: str) -> tuple[Any, Any]:
     """(a, b) of `a < b` or `b > a`; of another node (None, None)."""
     high_first = operands(term, downwards) or (None, None)
     return operands(term, upwards) or (high_first[1], high_first[0])
-
-
-def _terms(mask: Node) -> Iterator[Node]:
-    """What must hold at once where a mask is True."""
-    if _joins(mask) or _passes_on(mask):
-        for part in mask.args[: 2 if _joins(mask) else 1]:
-            assert isinstance(part, Node)
-            yield from _terms(part)
-    else:
-        yield mask
-
-
-def _joins(node: Node) -> bool:
-    return is_call(node, *AND) and len(node.args) == 2 and all(map(_is_bool, node.args))
-
-
-def _passes_on(node: Node) -> bool:
-    """Does it give its argument again, or repeat it along axes of size 1 or in front?"""
-    in_front = is_method(node, "unsqueeze") and node.args[1:] == (0,)
-    return is_method(node, "expand") or is_copy_of(node) or in_front
-
-
-def _is_bool(node: Any) -> bool:
-    value = example(node)
-    return isinstance(value, torch.Tensor) and value.dtype is torch.bool
-
-
-def _is_true(term: Node) -> bool:
-    """Nothing but True, and nobody writes to it?"""
-    filled = is_method(term, "new_ones") or is_call(term, torch.ones)
-    return filled and _is_bool(term) and all(is_call(user, *AND) for user in term.users)
-
-
-def _rest(gm: GraphModule, mask: Node, taken: frozenset[Node], memo: Memo) -> Node | None:
-    """A mask without the terms that are taken; None if none is left."""
-    if mask in taken:
-        return None
-    if not (_joins(mask) or _passes_on(mask)):
-        return mask
-    if (mask, taken) not in memo:
-        parts = [
-            _rest(gm, x, taken, memo) for x in mask.args if isinstance(x, Node) and _is_bool(x)
-        ]
-        left = [part for part in parts if part is not None]
-        others = mask.args[len(parts) :]
-        if (*left, *others) == mask.args:
-            made: Node | None = mask
-        elif len(left) == 1 and len(parts) == 2:
-            made = _with_axes(gm, left[0], example(mask).dim())
-        else:
-            made = _like(gm, mask, *left, *others) if left else None
-        memo[mask, taken] = made
-    return memo[mask, taken]
-
-
-def _with_axes(gm: GraphModule, node: Node, dims: int) -> Node:
-    """With axes of size 1 in front, up to `dims`."""
-    while example(node).dim() < dims:
-        with gm.graph.inserting_after(node):
-            wider = gm.graph.call_method("unsqueeze", (node, 0))
-        wider.meta["example_value"] = example(node).unsqueeze(0)
-        node = wider
-    return node
-
-
-def _like(gm: GraphModule, node: Node, *args: Any) -> Node:
-    """The same operation on other arguments, right behind it."""
-    with gm.graph.inserting_after(node):
-        made = gm.graph.create_node(node.op, node.target, args, node.kwargs)
-    values = torch.fx.node.map_arg(args, example)
-    target: Any = node.target
-    if node.op == "call_method":
-        target = getattr(torch.Tensor, target)
-    made.meta["example_value"] = target(*values, **node.kwargs)
-    return made
