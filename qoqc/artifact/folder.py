@@ -18,6 +18,11 @@ from qoqc.errors import ArtifactError
 LOCK_S = 10.0
 """How long to wait for another process that writes the same directory: it may be about to end."""
 
+PIECE = 32 << 20
+"""Bytes hashed at once. Beside a thread that runs Python, another waits up to 5 ms whenever it
+comes back for the interpreter's lock: pieces of 1 MB were hashed at 0.09 GB/s then, of 32 MB at
+0.87, and alone at 1.3 (a server's core with SHA instructions)."""
+
 
 @contextmanager
 def publish(target: Path, *, overwrite: bool, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
@@ -107,7 +112,7 @@ def checksum(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(1 << 20))
+        buffer = memoryview(bytearray(min(PIECE, path.stat().st_size + 1)))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()

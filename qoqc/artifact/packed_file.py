@@ -33,13 +33,7 @@ class PackedFile:
         self._open = contextlib.ExitStack()
         self._places: dict[str, TensorFile] = {}
         self._staging: Staging | None = None
-        # the device and stream that are current belong to a thread; those that read take the
-        # caller's, on which the tensors will be used
         self._stream: torch.cuda.Stream | None = None
-        if device.type != "cpu":
-            self._staging = Staging(pinned=device.type == "cuda")
-        if device.type == "cuda":
-            self._stream = torch.cuda.current_stream(device)
         self.manifest = Manifest.read(directory)
 
     def __enter__(self) -> PackedFile:
@@ -51,6 +45,12 @@ class PackedFile:
                     contextlib.closing(TensorFile(self.directory / name))
                 )
                 self._places.update(dict.fromkeys(file.names(), file))
+            if self.device.type == "cuda":
+                # what is current, device or stream, belongs to a thread: those that read take the
+                # caller's, which will use the tensors
+                self._stream = torch.cuda.current_stream(self.device)
+            if self.device.type != "cpu":
+                self._staging = Staging(pinned=self.device.type == "cuda")
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise

@@ -25,7 +25,7 @@ class Staging(threading.local):
     """
 
     def __init__(self, *, pinned: bool, size: int = CHUNK) -> None:
-        """Called in each thread when it first asks for `buffer`."""
+        """Called in the thread that makes it, and in others when they first ask for `buffer`."""
         self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from qoqc.artifact import folder
 from qoqc.artifact.folder import checksum, files_below, locked, publish
 from qoqc.errors import ArtifactError
 
@@ -91,6 +94,16 @@ def test_checksum_and_listing(tmp_path: Path) -> None:
     # SHA-256 of "abc", from FIPS 180-2
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert checksum(files["inner/file"]) == expected
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 10_000])
+def test_a_checksum_is_that_of_the_whole_file(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "PIECE", 4096)
+    content = random.Random(size).randbytes(size)
+    (tmp_path / "a").write_bytes(content)
+    assert folder.checksum(tmp_path / "a") == hashlib.sha256(content).hexdigest()
 
 
 HOLDER = """

@@ -67,6 +67,21 @@ def test_it_is_read_before_it_is_asked_for() -> None:
         assert done.wait(SECONDS)
 
 
+def test_room_is_given_back_by_what_is_taken() -> None:
+    done = threading.Event()
+
+    def read(name: str) -> None:
+        if name == "t2":
+            done.set()
+
+    with ReadAhead(read, lambda name: 10, limit=10) as ahead:
+        ahead.expect(NAMES[:3])
+        ahead.take("t0")
+        assert not done.is_set()
+        ahead.take("t1")
+        assert done.wait(SECONDS), "nobody asked for it yet"
+
+
 def test_what_is_in_flight_is_bounded() -> None:
     slow = Slow()
     sizes = dict.fromkeys(NAMES, 10) | {"t7": 1000}
