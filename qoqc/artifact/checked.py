@@ -17,6 +17,10 @@ from qoqc.errors import ArtifactError
 MAX_HEADER = 100_000_000
 """What safetensors takes as a header, in bytes."""
 
+PIECE = 1 << 26
+"""Bytes of a weight file that are hashed by themselves. Part of the format: a manifest's hashes are
+of pieces of this size."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -24,14 +28,33 @@ class Shard:
 
     size    in bytes
     header  SHA-256 of its safetensors header: names, dtypes, shapes and places of the tensors
+    pieces  SHA-256 of every PIECE bytes of it, which many threads can compare at once; none in
+            artifacts made before there were any: then the whole file is hashed, by one thread
     """
 
     size: int
     header: str
+    pieces: tuple[str, ...] = ()
+
+    @classmethod
+    def hashed(cls, path: Path) -> Shard:
+        """Of a file, with its pieces; ValueError if it has no header."""
+        shard = cls.of(path)
+        with _threads("qoqc-hash") as pool:
+            pieces = pool.map(lambda start: checksum(path, start, PIECE), shard.starts())
+            return dataclasses.replace(shard, pieces=tuple(pieces))
+
+    def starts(self) -> range:
+        """Where its pieces begin."""
+        return range(0, self.size, PIECE)
+
+    def parts(self) -> list[tuple[Any, ...]]:
+        """(SHA-256, start, size) of each piece; none if there are no hashes of pieces."""
+        return [(piece, i * PIECE, PIECE) for i, piece in enumerate(self.pieces)]
 
     @classmethod
     def of(cls, path: Path) -> Shard:
-        """Of a file; ValueError if it has no header."""
+        """Of a file, without pieces; ValueError if it has no header."""
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -42,8 +65,11 @@ class Shard:
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Shard:
         """Of a manifest; ValueError if it is not one."""
-        shard = cls(**raw)
-        if type(shard.size) is not int or type(shard.header) is not str:
+        shard = cls(**{**raw, "pieces": tuple(raw.get("pieces", ()))})
+        sound = type(shard.size) is int and all(
+            type(x) is str for x in (shard.header, *shard.pieces)
+        )
+        if not sound or len(shard.pieces) not in (0, len(shard.starts())):
             raise ValueError(f"{shard} is not a weight file")
         return shard
 
@@ -59,13 +85,17 @@ def require_plain_names(names: Iterable[str]) -> None:
 class ShardHashes:
     """Weight files that are being compared with their SHA-256, in threads of its own."""
 
-    def __init__(self, directory: Path, expected: Mapping[str, str]) -> None:
-        """Begin, with files of `directory`."""
+    def __init__(
+        self, directory: Path, files: Mapping[str, str], shards: Mapping[str, Shard]
+    ) -> None:
+        """Begin, with the `shards` of `directory`; files: SHA-256 of whole files."""
         self._directory = directory
-        self._expected = expected
-        # hashing leaves the interpreter's lock, and one stream is slower than memory and disk
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "qoqc-hash")
-        self._found = {name: self._pool.submit(checksum, directory / name) for name in expected}
+        self._pool = _threads("qoqc-hash")
+        self._found = [
+            (name, expected, self._pool.submit(checksum, directory / name, *part))
+            for name, shard in shards.items()
+            for expected, *part in shard.parts() or [(files[name],)]
+        ]
 
     def close(self) -> None:
         """Wait until all are compared; no thread runs any more."""
@@ -74,9 +104,14 @@ class ShardHashes:
     def require_sound(self) -> None:
         """Wait until all are compared; raises ArtifactError, naming the first damaged file."""
         self.close()
-        for name, found in self._found.items():
-            if found.result() != self._expected[name]:
+        for name, expected, found in self._found:
+            if found.result() != expected:
                 raise _damaged(self._directory, name)
+
+
+def _threads(name: str) -> ThreadPoolExecutor:
+    # hashing leaves the interpreter's lock, and one stream is slower than memory and disk
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), name)
 
 
 def begin_verify(
@@ -103,13 +138,13 @@ def begin_verify(
             raise ArtifactError(f"{directory}: {name} is missing; {_remedy(directory)}")
     large = sorted(shards.keys() & set(present), key=lambda name: -shards[name].size)
     small = [name for name in present if name not in shards]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with _threads("qoqc-hash") as pool:
         found = pool.map(lambda name: checksum(directory / name), small)
         damaged = [name for name, digest in zip(small, found, strict=True) if digest != files[name]]
     damaged += [name for name in large if not _has_header(directory / name, shards[name])]
     if damaged:
         raise _damaged(directory, damaged[0])
-    return ShardHashes(directory, {name: files[name] for name in large if mode == "full"})
+    return ShardHashes(directory, files, {n: shards[n] for n in large if mode == "full"})
 
 
 def verify_files(
@@ -127,7 +162,7 @@ def verify_files(
 
 def _has_header(path: Path, shard: Shard) -> bool:
     try:
-        return Shard.of(path) == shard
+        return Shard.of(path) == dataclasses.replace(shard, pieces=())
     except ValueError:
         return False
 

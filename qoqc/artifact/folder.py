@@ -108,13 +108,17 @@ def _sync_entry(path: Path) -> None:
         os.close(handle)
 
 
-def checksum(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+def checksum(path: Path, start: int = 0, most: int | None = None) -> str:
+    """The SHA-256 of a file, or of up to `most` bytes of it from `start` on, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(min(PIECE, path.stat().st_size + 1)))
-        while count := file.readinto(buffer):
+        left = max(os.fstat(file.fileno()).st_size - start, 0)
+        left = left if most is None else min(left, most)
+        buffer = memoryview(bytearray(min(PIECE, left)))
+        file.seek(start)
+        while left and (count := file.readinto(buffer[:left])):
             digest.update(buffer[:count])
+            left -= count
     return digest.hexdigest()
 
 

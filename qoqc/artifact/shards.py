@@ -37,7 +37,7 @@ def write_shards(
         path = directory / name
         save_file({key: tensors[key] for key in keys}, path, metadata={"format": "pt"})
         path.chmod(mode)  # safetensors makes it readable for the owner only
-        shards[name] = Shard.of(path)
+        shards[name] = Shard.hashed(path)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -54,4 +54,4 @@ def shards_in(directory: Path) -> dict[str, Shard]:
     """The weight files that are in a directory."""
     stem = WEIGHTS.removesuffix(".safetensors")
     found = sorted([*directory.glob(WEIGHTS), *directory.glob(f"{stem}-*-of-*.safetensors")])
-    return {path.name: Shard.of(path) for path in found}
+    return {path.name: Shard.hashed(path) for path in found}

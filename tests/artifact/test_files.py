@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qoqc.artifact import kernel_files
+from qoqc.artifact import checked, kernel_files
 from qoqc.artifact.card import card
 from qoqc.artifact.checked import Shard, require_plain_names, verify_files
 from qoqc.artifact.folder import checksum
@@ -67,6 +69,51 @@ def test_a_shard_is_told_by_its_header(folder: Path) -> None:
     (folder / name).write_bytes(b"\xff" * 8)
     with pytest.raises(ValueError, match="a header of"):
         Shard.of(folder / name)
+
+
+@pytest.fixture
+def shard_file(folder: Path) -> Path:
+    """A weight file of some hundred bytes."""
+    write_shards({"a": torch.arange(77)}, folder)
+    return folder / WEIGHTS
+
+
+def test_pieces_of_a_file_are_hashed(shard_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checked, "PIECE", 100)
+    content = shard_file.read_bytes()
+    shard = Shard.hashed(shard_file)
+    assert shard.pieces == tuple(
+        hashlib.sha256(content[start : start + 100]).hexdigest()
+        for start in range(0, len(content), 100)
+    )
+    assert Shard.read(json.loads(json.dumps(dataclasses.asdict(shard)))) == shard
+
+
+@pytest.mark.parametrize("pieces", [["0" * 64], [5], None, "ab"], ids=str)
+def test_pieces_of_another_file_are_no_pieces(
+    shard_file: Path, monkeypatch: pytest.MonkeyPatch, pieces: Any
+) -> None:
+    monkeypatch.setattr(checked, "PIECE", 100)
+    raw = dataclasses.asdict(Shard.of(shard_file))
+    with pytest.raises((ValueError, TypeError)):
+        Shard.read({**raw, "pieces": pieces})
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["in pieces", "as a whole"])
+def test_each_damaged_byte_is_found(
+    shard_file: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    monkeypatch.setattr(checked, "PIECE", 100)
+    shard = Shard.of(shard_file) if whole else Shard.hashed(shard_file)
+    content = bytearray(shard_file.read_bytes())
+    files = {WEIGHTS: checksum(shard_file)}
+    assert verify_files(shard_file.parent, files, {WEIGHTS: shard}) == 1
+    for place in range(len(content) - 130, len(content)):
+        content[place] ^= 1
+        shard_file.write_bytes(content)
+        with pytest.raises(ArtifactError, match=f"{WEIGHTS} is damaged"):
+            verify_files(shard_file.parent, files, {WEIGHTS: shard})
+        content[place] ^= 1
 
 
 def test_lazy_verification_reads_no_values(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
