@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from qoqc.codegen.kernels.attention_forms import faster_than_flash
 from qoqc.ir import ops
+from qoqc.ir.spec import AttentionSpec, KVSpec
+from qoqc.runtime.device import device_key
 from qoqc.serve.pages import PADDING_PAGE, LayerPages, Pages
 from qoqc.serve.work import Work, leading_singles
 
@@ -113,14 +116,16 @@ class RaggedStep:
         out = q.new_zeros(q.shape[2], q.shape[1], v.shape[3])
         if count:
             out[:count] = self._singles(layer, q, k, v, scale, softcap, window, sinks)
+        kv = self._pages.specs[layer]
         is_plain = not (softcap or window) and sinks is None
         rounded = None
-        if is_plain and _flash_takes(q, v) and any(prompt.begins for prompt in self._prompts):
+        begins = any(prompt.begins for prompt in self._prompts)
+        if is_plain and begins and _flash_takes(q, v) and not _pages_win(kv, q):
             rounded = ops.kv4_round(k, pages.bits), ops.kv4_round(v, pages.bits)
         for prompt in self._prompts:
             own = prompt.of(q)
-            kv = prompt.of(k), prompt.of(v)
-            ops.kv4_append(*pages.tensors, prompt.table, prompt.start, *kv, pages.bits)
+            new = prompt.of(k), prompt.of(v)
+            ops.kv4_append(*pages.tensors, prompt.table, prompt.start, *new, pages.bits)
             if rounded is not None and prompt.begins:
                 part = _attend_flash(own, prompt.of(rounded[0]), prompt.of(rounded[1]), scale)
             else:
@@ -188,3 +193,12 @@ def _attend_pages(
 def _flash_takes(q: Tensor, v: Tensor) -> bool:
     same = q.shape[-1] == v.shape[-1] <= FLASH_WIDTH
     return q.is_cuda and same and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def _pages_win(kv: KVSpec, q: Tensor) -> bool:
+    """Whether a prompt takes less time read from its pages than rounded, then by flash attention.
+
+    Either way it attends to what the pages give back.
+    """
+    spec = AttentionSpec(q.shape[1], kv, q.dtype, causal=True)
+    return faster_than_flash(spec, device_key(q.device))

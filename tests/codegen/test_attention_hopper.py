@@ -11,7 +11,7 @@ import torch
 from qoqc.codegen.aot import Recorder
 from qoqc.codegen.build import build
 from qoqc.codegen.kernels.attention import Call, trial_call
-from qoqc.codegen.kernels.attention_forms import ATTENTION
+from qoqc.codegen.kernels.attention_forms import ATTENTION, faster_than_flash
 from qoqc.codegen.kernels.attention_hopper import ATTENTION_HOPPER, start
 from qoqc.codegen.kernels.attention_prefill import launch
 from qoqc.ir import kv_reference
@@ -44,11 +44,12 @@ def test_what_it_refuses_runs_by_the_other_form(changes: dict[str, Any], reason:
     assert form.name == "attention_prefill" and tile["BLOCK_R"] >= 16
 
 
-def test_a_search_may_choose_it_on_hopper() -> None:
+def test_it_is_chosen_on_hopper() -> None:
     for spec in (SPEC, dataclasses.replace(SPEC, has_chunk=True)):
-        assert ATTENTION.heuristic(spec, 1024, H200)[0].name == "attention_prefill"
-        assert ATTENTION_HOPPER in ATTENTION.usable(spec, H200)
+        assert ATTENTION.heuristic(spec, 1024, H200)[0] is ATTENTION_HOPPER
+        assert ATTENTION.heuristic(spec, 1024, A100)[0].name == "attention_prefill"
         assert ATTENTION_HOPPER not in ATTENTION.usable(spec, A100)
+        assert faster_than_flash(spec, H200) and not faster_than_flash(spec, A100)
     assert "not of compute capability 9.0" in (ATTENTION_HOPPER.refuses(SPEC, A100) or "")
 
 
