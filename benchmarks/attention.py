@@ -1,7 +1,7 @@
 """Attention over a KV4 cache next to torch's bf16 attentions, in one run.
 
     python benchmarks/attention.py --out DIR                (writes attention.csv and .png)
-    python benchmarks/attention.py --out DIR --kinds decode --rivals cudnn
+    python benchmarks/attention.py --out DIR --kinds decode --seconds 80
     python benchmarks/attention.py --out DIR --quick --device cpu          (tries it out)
 
 What it prints comes from attention_report.py, the plot from attention_plot.py: both read the CSV.
@@ -20,6 +20,7 @@ tbs      terabytes per second of what a decode step of ours has to read: codes, 
 ceiling  the part of what this GPU reads at most (codegen/roofline.py)
 ratio    the rival's time by ours: above 1 we are faster
 Ours is compared with the definition at every point: the first sequences, or the first chunk.
+It is timed first, then one rival after another: --seconds cuts off the last of them.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -86,14 +89,25 @@ def our_rows(point: Point, device: torch.device) -> Iterator[Row]:
     yield decode_row(point, device, same, EQUAL)
 
 
-def measured(points: Sequence[Point], rivals: Sequence[str], device: torch.device) -> Iterator[Row]:
-    """All rows of all points, with what follows from their times."""
+def measured(
+    points: Sequence[Point], rivals: Sequence[str], device: torch.device, seconds: float = math.inf
+) -> Iterator[Row]:
+    """All rows of all points, with what follows from their times: ours, then rival by rival.
+
+    Rivals that are not reached in so many `seconds` have no time but a note.
+    """
     ceiling = limits_of(device_key(device)).read
-    for point in points:
-        own = list(our_rows(point, device))
-        others = [rival_row(name, point, device) for name in rivals]
-        ours_us = own[0]["us"]
-        for row in (*own, *others):
+    end = time.monotonic() + seconds
+    ours_us: dict[Point, float] = {}
+    for name, point in itertools.product((OURS, *rivals), points):
+        if name == OURS:
+            rows = list(our_rows(point, device))
+            ours_us[point] = rows[0]["us"]
+        elif time.monotonic() < end:
+            rows = [rival_row(name, point, device)]
+        else:
+            rows = [{"what": name, "us": math.nan, "note": f"not timed within {seconds:g} s"}]
+        for row in rows:
             row.update(dataclasses.asdict(point))
             if row["what"] in (OURS, EQUAL) and point.new == 1:
                 read = point.read_bytes
@@ -102,16 +116,18 @@ def measured(points: Sequence[Point], rivals: Sequence[str], device: torch.devic
                     read = read * total // (point.context * point.batch)
                 row["tbs"] = read / row["us"] / 1e6
                 row["ceiling"] = row["tbs"] * 1e12 / ceiling
-            row["ratio"] = row["us"] / ours_us
+            row["ratio"] = row["us"] / ours_us[point]
             yield row
             print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
 
 
-def save(rows: Sequence[Row], folder: Path) -> Path:
-    """Write attention.csv."""
+def save(rows: Sequence[Row], points: Sequence[Point], folder: Path) -> Path:
+    """Write attention.csv, point by point."""
     names = ("kind", "batch", "new", "context", "what", "us", "tbs", "ceiling", "ratio", "note")
-    return write_csv(rows, names, folder / "attention.csv")
+    places = {dataclasses.astuple(point): place for place, point in enumerate(points)}
+    ordered = sorted(rows, key=lambda row: places[tuple(row[name] for name in names[:4])])
+    return write_csv(ordered, names, folder / "attention.csv")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,6 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--rivals", nargs="*", choices=list(RIVALS), default=list(RIVALS))
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no rival's timing later than this"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -130,11 +149,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     points = [point for point in (QUICK if args.quick else POINTS) if point.kind in args.kinds]
     facts = provenance(device)
     rows: list[Row] = []
-    path = save(rows, args.out)
+    path = save(rows, points, args.out)
     with torch.no_grad():
-        for row in measured(points, args.rivals, device):
+        for row in measured(points, args.rivals, device, args.seconds):
             rows.append({**row, **facts})
-            save(rows, args.out)  # what a crash at a later point must not take along
+            save(rows, points, args.out)  # what a crash at a later point must not take along
     beside = [
         [str(Path(__file__).with_name(f"attention_{n}.py")), str(path)] for n in ("report", "plot")
     ]

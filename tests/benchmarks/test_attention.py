@@ -48,6 +48,19 @@ def test_a_quick_run_on_this_machine(
     assert "equal lengths of the same sum" in printed
 
 
+def test_rivals_that_are_not_reached_have_a_note(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load("attention", monkeypatch)
+    where = ["--device", device.type, "--out", str(tmp_path), "--quick", "--seconds", "0"]
+    script["main"]([*where, "--kinds", "decode", "--rivals", "flash", "flex"])
+    with (tmp_path / "attention.csv").open(newline="") as file:
+        ours, *rivals = csv.DictReader(file)
+    assert float(ours["us"]) > 0
+    assert [row["what"] for row in rivals] == ["flash", "flex"]
+    assert all((row["us"], row["note"]) == ("nan", "not timed within 0 s") for row in rivals)
+
+
 def test_a_wrong_result_is_told_and_ends_in_an_error(
     tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
