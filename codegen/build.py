@@ -20,6 +20,7 @@ from qoqc.codegen.kernels.act_quantize import ACT_QUANTIZE
 from qoqc.codegen.kernels.attention_combine import ATTENTION_COMBINE
 from qoqc.codegen.kernels.attention_decode import ATTENTION_DECODE
 from qoqc.codegen.kernels.attention_forms import ATTENTION
+from qoqc.codegen.kernels.attention_unpack import ATTENTION_UNPACK
 from qoqc.codegen.kernels.few_linear import FEW
 from qoqc.codegen.kernels.gemm_forms import GEMM
 from qoqc.codegen.kernels.kv_append import KV_APPEND
@@ -51,6 +52,7 @@ OPS: dict[str, Op] = {
         single(ATTENTION_DECODE),
         single(ATTENTION_COMBINE),
         ATTENTION,
+        single(ATTENTION_UNPACK),
         single(STEP_APPEND),
         single(STEP_ATTEND),
         single(STEP_COMBINE),

@@ -22,6 +22,7 @@ from qoqc.codegen.kernels import (
     attention,
     attention_combine,
     attention_decode,
+    attention_hopper,
     attention_prefill,
     few_call,
     gemm,
@@ -301,7 +302,10 @@ def kv4_attention(
     with _device_of(q):
         if call.rows > attention_decode.MAX_ROWS or spec.has_softcap or spec.has_sinks:
             kernel = kernel_for(OPS["attention_prefill"], spec, seq, device)
-            return attention_prefill.launch(kernel, call)
+            if kernel.family.name == "attention_prefill":
+                return attention_prefill.launch(kernel, call)
+            unpack = kernel_for(OPS["attention_unpack"], spec, seq, device)
+            return attention_hopper.launch(unpack, kernel, call)
         kernel = kernel_for(OPS["attention_decode"], spec, seq, device)
         part, stat = attention_decode.launch(kernel, call, sm_count(device))
         combine = kernel_for(OPS["attention_combine"], spec, seq, device)

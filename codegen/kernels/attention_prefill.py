@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qoqc.codegen.family import Family, Kernel, Launch, Tile, Trial
+from qoqc.codegen.family import Family, Launch, Tile, Trial
 from qoqc.codegen.kernels.attention import (
     Call,
     constexprs,
@@ -290,13 +290,11 @@ def rise_one(peak, s):
     return new, tl.exp2(peak - base), tl.exp2(s - base[:, None])
 
 
-def launch(kernel: Kernel, call: Call) -> torch.Tensor:
-    """kv4_attention by the form that `kernel` is of: out [B, Hq, S, Dv] in q's dtype."""
+def launch(kernel: Launch, call: Call) -> torch.Tensor:
+    """kv4_attention by the plain form: out [B, Hq, S, Dv] in q's dtype."""
     out = call.empty_out()
     if out.numel():
-        form = kernel.family.start
-        assert form is not None, f"{kernel.family.name} is no form of attention over pages"
-        form(kernel, call, out)
+        start(kernel, call, out)
     return out
 
 
@@ -394,5 +392,4 @@ ATTENTION_PREFILL = Family(
     shared_bytes,
     tolerance=1e-2,
     fp_fusion=True,
-    start=start,
 )

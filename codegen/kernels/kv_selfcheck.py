@@ -276,23 +276,94 @@ PREFILL_SELFCHECK = (
     + _COMPARE
 )
 
-HOPPER_SELFCHECK = (
-    "CASES_CPU, CASES = (), ((2, 70, 3), (2, 1024, 32))\n\n"
-    + _ATTENTION
+UNPACK_SELFCHECK = (
+    """
+def main():"""
+    + _DEVICE
     + """
-        out = torch.empty(batch, heads, seq, v_dim, dtype=dtype, device=device)
-        exact = [x.view(torch.int32) for x in (k_chunk, v_chunk)]
+    heads, dim, dtype = SPEC["kv.kv_heads"], SPEC["kv.k_dim"], getattr(torch, SPEC["dtype"])
+    for batch, pages, seq in ((2, 2, 30),) if device == "cpu" else ((2, 2, 30), (2, 64, 1024)):
+        codes = torch.randint(0, 16, (2, batch * pages, heads, 64, dim), dtype=torch.uint8)
+        grids = torch.rand(2, 2, batch * pages, heads, 64).half()
+        words = grids.view(torch.int16).int()
+        words = ((words[0] & 0xFFFF) | (words[1] << 16)).permute(1, 2, 0, 3).contiguous()
+        turned = codes[1].transpose(-1, -2)
+        k_pages = codes[0, ..., : dim // 2] | (codes[0, ..., dim // 2 :] << 4)
+        v_pages = (turned[..., :32] | (turned[..., 32:] << 4)).contiguous()
+        table = torch.randperm(batch * pages).view(batch, pages)
+        length = pages * 64 - 9 * torch.arange(batch)
+        chunk = torch.randn(2, batch, heads, seq, dim).to(dtype)
+        exact = (codes.double() * grids[0, ..., None] + grids[1, ..., None])[:, table]
+        want = exact.transpose(2, 3).flatten(3, 4).half()
+        for b in range(batch):
+            if SPEC["has_chunk"]:
+                want[:, b, :, length[b] - seq : length[b]] = chunk[:, b].half()
+            want[:, b, :, length[b] :] = 0
+        rows = pages * 64
+        tensors = (k_pages, v_pages, words, table.int(), length, chunk)
+        k_pages, v_pages, words, table, length, chunk = (x.to(device) for x in tensors)
+        tokens = torch.empty(want.shape, dtype=torch.float16, device=device)
         arguments = (
-            *(q, *q.stride()[:3], k_pages.view(torch.int32), v_pages.view(torch.int32), words),
-            *(table, pages, length, 1, *(y for x in exact for y in (x, *x.stride()[:3]))),
-            *(out, sinks.to(device), scale, seq, pages),
+            *(k_pages, v_pages, words, table, pages, length, 1),
+            *(y for x in chunk for y in (x, *x.stride()[:3])), tokens, seq, pages, heads, rows,
         )
 
         def run():
-            attention_hopper_kernel[(tiles, kv_heads, batch)](*arguments, **options)
+            attention_unpack[(pages, batch * heads, 2)](*arguments, **options)
+
+        run()
+        torch.testing.assert_close(tokens.cpu(), want, rtol=1e-3, atol=1e-6)
+"""
+    + _REPORT
+    + """
+        print(f"batch={batch} tokens={rows} heads={heads}: as torch has it, {took}")
+"""
+)
+
+HOPPER_SELFCHECK = (
+    """
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+def main():"""
+    + _DEVICE
+    + """
+    heads, kv_heads, dim = SPEC["heads"], SPEC["kv.kv_heads"], SPEC["kv.k_dim"]
+    dtype, scale, group = getattr(torch, SPEC["dtype"]), dim**-0.5, heads // kv_heads
+    for batch, seq, rows in ((2, 70, 256), (2, 1024, 2048)):
+        length = rows - 9 * torch.arange(batch)
+        tokens = torch.randn(2, batch, kv_heads, rows, dim).half()
+        q, sinks = torch.randn(batch, heads, seq, dim).to(dtype), torch.randn(heads)
+        want = torch.empty(q.shape, dtype=torch.float64)
+        for b in range(batch):
+            n = int(length[b])
+            k, v = (x[b, :, :n].double().repeat_interleave(group, 0) for x in tokens)
+            scores = q[b].double() @ k.transpose(-1, -2) * scale
+            if SPEC["causal"]:
+                seen = torch.arange(n) <= (n - seq + torch.arange(seq))[:, None]
+                scores = scores.masked_fill(~seen, float("-inf"))
+            if SPEC["has_sinks"]:
+                column = sinks.double().view(-1, 1, 1).expand(-1, seq, 1)
+                scores = torch.cat((scores, column), -1)
+            want[b] = scores.softmax(-1)[..., :n] @ v
+        q, length, tokens, sinks = (x.to(device) for x in (q, length, tokens, sinks))
+        out = torch.empty_like(q)
+        items = batch * kv_heads * -(-seq * group // 128)
+        box = [TILE["TOKENS"], dim]
+        layout = gl.NVMMASharedLayout.get_default_for(box, gl.float16)
+        boxes = TensorDescriptor.from_tensor(tokens.view(-1, dim), box, layout)
+        arguments = (
+            *(q, *q.stride()[:3], boxes, length, 1),
+            *(out, sinks, scale, seq, rows, kv_heads, rows, batch * kv_heads, items),
+        )
+
+        def run():
+            attention_hopper_kernel[(items,)](*arguments, **options)
 
         def finish():
             return out
+
+        longest = rows
 """
     + _COMPARE
 )

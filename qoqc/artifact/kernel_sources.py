@@ -140,7 +140,8 @@ def _attention(node: Node) -> list[Wanted]:
     )  # fmt: skip
     spec = attention.spec_of(call, bits, causal)
     if call.rows > attention_decode.MAX_ROWS:
-        return [Wanted("attention_prefill", spec)]
+        # the unpacking belongs to the form for sm_90, and is refused where that is
+        return [Wanted("attention_unpack", spec), Wanted("attention_prefill", spec)]
     return [Wanted("attention_decode", spec), Wanted("attention_combine", spec)]
 
 

@@ -76,7 +76,10 @@ def summary(found: Sequence[LayerLaunches]) -> list[str]:
 
 def _kernels(gm: GraphModule, device: DeviceKey) -> dict[Node, list[str]]:
     """The names of the kernels of every node that has any."""
-    found = {node: _named(node, kernels_of(node)) for node in gm.graph.nodes}
+    found = {}
+    for node in gm.graph.nodes:
+        kernels = [each for each in kernels_of(node) if runs(each.op, each.spec, device)]
+        found[node] = _named(node, kernels)
     for pair in pairs(gm.graph):
         few = few_kernel(pair)
         if runs(few.op, few.spec, device):

@@ -102,9 +102,11 @@ def gpu_runs(name: str, key: DeviceKey) -> Iterator[Run]:
             work = f"linear {kind}, {tokens} token{'' if tokens == 1 else 's'}"
             yield Run(name, work, form.name, "; ".join([f"by {source}", *reasons]))
     for work in ("quantize", "kv_append", "attention_decode", "attention_prefill"):
-        forms = " or ".join(form.name for form in OPS[work].forms)
-        why = "its only form" if len(OPS[work].forms) == 1 else "the last, unless a search chose"
-        yield Run(name, work.replace("_", " "), forms, why)
+        forms = [form.name for form in OPS[work].forms]
+        why = "its only form"
+        if len(forms) > 1:
+            why = "the first of these that takes the model's heads, unless a search chose"
+        yield Run(name, work.replace("_", " "), " or ".join(forms), why)
 
 
 def _cpu_runs() -> Iterator[Run]:

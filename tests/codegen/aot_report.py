@@ -194,9 +194,11 @@ def attention_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
         yield "attention_prefill", dataclasses.replace(spec, has_window=True), 1024
         if hopper:
             yield "attention_hopper", spec, 1024
+            yield "attention_unpack", spec, 1024
     if hopper:
         narrow = AttentionSpec(14, KVSpec(2, 64, 64), torch.float16, has_chunk=True, has_sinks=True)
         yield "attention_hopper", narrow, 1024
+        yield "attention_unpack", narrow, 1024
         # sm_80 and sm_89 hold the mask in 160 to 340 bytes of local memory: less harm than
         # the smaller tiles that would avoid it
         yield "attention_prefill", full, 1024

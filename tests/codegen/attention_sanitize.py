@@ -16,9 +16,11 @@ import torch
 from qoqc.codegen import dispatch
 from qoqc.codegen.build import build
 from qoqc.codegen.family import Family
+from qoqc.codegen.kernels import attention_hopper, attention_prefill
 from qoqc.codegen.kernels.attention import trial_call
 from qoqc.codegen.kernels.attention_forms import FORMS
-from qoqc.codegen.kernels.attention_prefill import launch
+from qoqc.codegen.kernels.attention_hopper import ATTENTION_HOPPER
+from qoqc.codegen.kernels.attention_unpack import ATTENTION_UNPACK
 from qoqc.codegen.kernels.rotate_append_call import Append, RotateSpec
 from qoqc.codegen.kernels.rotate_append_call import random_call as random_append
 from qoqc.codegen.kernels.step_spec import StepSpec, random_step
@@ -68,7 +70,12 @@ def attention(form: Family) -> None:
             call.q, *pages, None, call.k_chunk, call.v_chunk, call.scale, 4, True
         )
         kernel = build(form, spec, form.heuristic(spec, 70, device_key(DEVICE)))
-        check(f"{form.name} chunk={chunk}", launch(kernel, call), want)
+        if form is ATTENTION_HOPPER:
+            tile = ATTENTION_UNPACK.heuristic(spec, 70, device_key(DEVICE))
+            got = attention_hopper.launch(build(ATTENTION_UNPACK, spec, tile), kernel, call)
+        else:
+            got = attention_prefill.launch(kernel, call)
+        check(f"{form.name} chunk={chunk}", got, want)
 
 
 def appends() -> None:

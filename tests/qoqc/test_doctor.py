@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from qoqc.cli import doctor, doctor_device, main
 from qoqc.codegen.build import OPS
 from qoqc.codegen.tuning import table
-from qoqc.ir.spec import LinearSpec
+from qoqc.ir.spec import AttentionSpec, KVSpec, LinearSpec
 from qoqc.runtime.device import DeviceKey
 
 A100 = DeviceKey("A100", 80, 108, 163 * 1024)
@@ -217,6 +217,10 @@ def test_the_forms_are_those_a_launch_would_take(key: DeviceKey) -> None:
         assert all(f"{name}: " in lines[work].why for name in refused)
         assert bool(refused) == (key is A100), "the sm_90 form refuses an A100"
     assert lines["attention decode"].runs == "attention_decode"
+    # a heuristic takes the first form that does not refuse
+    attention, heads = OPS["attention_prefill"], AttentionSpec(8, KVSpec(2, 128, 128), torch.half)
+    assert lines["attention prefill"].runs == " or ".join(form.name for form in attention.forms)
+    assert attention.heuristic(heads, 512, key)[0] is attention.usable(heads, key)[0]
 
 
 @pytest.mark.parametrize("build, remedy", [(None, "CPU build"), ("13.0", "CUDA_VISIBLE_DEVICES")])
