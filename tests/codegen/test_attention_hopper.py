@@ -67,7 +67,7 @@ def test_tiles_fit_an_sm() -> None:
 
 
 class Defined:
-    """Stands in for the kernel on a CPU: does what it does with the arguments it gets."""
+    """Stands in for the kernel: does what it does with the arguments it gets."""
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
@@ -86,8 +86,8 @@ class Defined:
         self.grids.append(grid)
         for b, count in enumerate(length.tolist()):
             assert count <= capacity
-            places = count - seq + torch.arange(seq)
-            seen = torch.arange(count) <= places[:, None]
+            places = count - seq + torch.arange(seq, device=q.device)
+            seen = torch.arange(count, device=q.device) <= places[:, None]
             of = (q[b : b + 1].float(), k[b : b + 1, :, :count], v[b : b + 1, :, :count])
             given = sinks.float() if self.spec.has_sinks else None
             out[b] = kv_reference.attention(*of, seen[None, None], given, scale, 0.0, False)[0]
@@ -98,16 +98,17 @@ class Defined:
 )
 @pytest.mark.parametrize("flag", ["has_chunk", "has_sinks"])
 def test_scratch_is_bounded_by_parts(
-    sequences: int, heads: int, launches: int, flag: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    sequences: int, heads: int, launches: int, flag: str, device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     spec = dataclasses.replace(SPEC, **{flag: True})
-    call = trial_call(spec, 3, 60, 140, CPU)
+    call = trial_call(spec, 3, 60, 140, device)
     call.length.copy_(torch.tensor([200, 70, 129]))
     kernel: Any = Defined(spec)
     # 256 tokens of a head, keys and values in fp16
     room = (sequences * 2 or heads) * 2 * 256 * 128 * 2
     monkeypatch.setattr(attention_hopper, "SCRATCH", room)
-    got = launch(unpacking(spec, CPU), kernel, call)
+    got = launch(unpacking(spec, device), kernel, call)
     assert len(kernel.grids) == launches
     close(spec, call, got)
 
