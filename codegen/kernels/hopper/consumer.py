@@ -12,7 +12,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from qoqc.codegen.kernels.hopper.epilogue import add_parts, finish, load_scales, zero_sums
+from qoqc.codegen.kernels.hopper.epilogue import (
+    add_parts,
+    finish,
+    load_channel_scale,
+    load_token_scale,
+    zero_sums,
+)
 from qoqc.codegen.kernels.hopper.schedule import next_part, place, turns
 from qoqc.codegen.kernels.pieces import UNPACK_GROUP_PTX, UNPACK_PTX
 
@@ -91,8 +97,8 @@ def consume(
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32]
     )
-    # few tokens: the scales fit in registers during the loop, which hides their latency
-    EARLY: gl.constexpr = BLOCK_M <= 64 and ROWS * WAYS <= 2
+    # small tiles: token scales fit in registers during the loop, which hides their latency
+    EARLY: gl.constexpr = BLOCK_M * BLOCK_N <= 8192 and ROWS * WAYS <= 2
     turn = gl.program_id(0)
     stage = 0
     phase = 0
@@ -105,10 +111,9 @@ def consume(
         tile_m, tile_n = place(tile, work, GROUP_M)
         first_m = tile_m * BLOCK_M
         first_n = (tile_n * ROWS + ROW) * BLOCK_N
+        channel_scale = load_channel_scale(scales, first_n, N, BLOCK_N, MMA)
         if EARLY:
-            channel_scale, token_scale = load_scales(
-                scales, first_m, first_n, M, N, BLOCK_M, BLOCK_N, MMA
-            )
+            token_scale = load_token_scale(scales, first_m, M, BLOCK_M, MMA)
         acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32, MMA)
         if not GROUPED and WAY == 0:  # noqa: SIM102  decided when compiled, the other when run
             if first == 0:
@@ -155,9 +160,7 @@ def consume(
                 tma.store_wait(0)
                 gl.thread_barrier()
                 if not EARLY:
-                    channel_scale, token_scale = load_scales(
-                        scales, first_m, first_n, M, N, BLOCK_M, BLOCK_N, MMA
-                    )
+                    token_scale = load_token_scale(scales, first_m, M, BLOCK_M, MMA)
                 finish(
                     acc, channel_scale, token_scale, y_desc, residual_desc, y_buffers.index(ROW),
                     loaded.index(ROW), finished, bias_ptr, first_m, first_n, N,

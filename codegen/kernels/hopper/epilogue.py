@@ -25,17 +25,19 @@ def zero_sums(
 
 
 @gluon.jit
-def load_scales(
-    scales, first_m, first_n, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    MMA: gl.constexpr,
-):  # fmt: skip
-    """(channel scales [BLOCK_N], token scales [BLOCK_M])."""
+def load_channel_scale(scales, first_n, N, BLOCK_N: gl.constexpr, MMA: gl.constexpr):
+    """Channel scales [BLOCK_N]: from memory, as weights are, so better asked for early."""
     token_scale_ptr, token_sum_ptr, channel_scale_ptr, zero_ptr, bias_ptr = scales
     offs_n = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
+    return gl.load(channel_scale_ptr + offs_n, mask=offs_n < N, other=0.0)
+
+
+@gluon.jit
+def load_token_scale(scales, first_m, M, BLOCK_M: gl.constexpr, MMA: gl.constexpr):
+    """Token scales [BLOCK_M]."""
+    token_scale_ptr, token_sum_ptr, channel_scale_ptr, zero_ptr, bias_ptr = scales
     offs_m = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
-    channel_scale = gl.load(channel_scale_ptr + offs_n, mask=offs_n < N, other=0.0)
-    token_scale = gl.load(token_scale_ptr + offs_m, mask=offs_m < M, other=0.0)
-    return channel_scale, token_scale
+    return gl.load(token_scale_ptr + offs_m, mask=offs_m < M, other=0.0)
 
 
 @gluon.jit
@@ -44,7 +46,7 @@ def add_parts(
     ROW: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     SPLIT: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
-    """Leave a part of a cut tile's sums, or, as the last to arrive, take all the others.
+    """Leave a part of a cut tile's sums and, as the last to arrive, take all the others.
 
     Returns (sums, whether they are complete). The parts of tile t are the first turns of the
     blocks t * parts and up; each block leaves its sums in the slot of its number.
@@ -55,13 +57,10 @@ def add_parts(
     cell = gl.expand_dims(offs_n, 1) * BLOCK_M + gl.expand_dims(offs_m, 0)
     cell += ROW * (BLOCK_N * BLOCK_M)
     counter = counter_ptr + tile * ROWS + ROW
-    # all others there already: no need to write
-    arrived = gl.atomic_add(counter, 0, sem="acquire")
-    if arrived != parts - 1:
-        gl.store(workspace_ptr + pid * (ROWS * BLOCK_N * BLOCK_M) + cell, acc)
-        # every thread's store comes before the release of the counter below
-        gl.thread_barrier()
-        arrived = gl.atomic_add(counter, 1, sem="acq_rel")
+    gl.store(workspace_ptr + pid * (ROWS * BLOCK_N * BLOCK_M) + cell, acc)
+    # every thread's store comes before the release of the counter below
+    gl.thread_barrier()
+    arrived = gl.atomic_add(counter, 1, sem="acq_rel")
     complete = arrived == parts - 1
     if complete:
         gl.thread_barrier()

@@ -74,7 +74,8 @@ def gemm_hopper_kernel(
         )
     sum_buffers = w_buffers
     if WAYS > 1:
-        sum_layout: gl.constexpr = gl.SwizzledSharedLayout(2, 1, 16, [1, 0])
+        # four threads store 32 bytes of a row: four rows next to each other fill the banks
+        sum_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
         sum_buffers = gl.allocate_shared_memory(
             gl.int32, [ROWS * (WAYS - 1), BLOCK_N, BLOCK_M], sum_layout
         )

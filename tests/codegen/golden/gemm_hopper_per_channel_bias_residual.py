@@ -72,17 +72,19 @@ def place(tile, work, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def load_scales(
-    scales, first_m, first_n, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    MMA: gl.constexpr,
-):  # fmt: skip
-    """(channel scales [BLOCK_N], token scales [BLOCK_M])."""
+def load_channel_scale(scales, first_n, N, BLOCK_N: gl.constexpr, MMA: gl.constexpr):
+    """Channel scales [BLOCK_N]: from memory, as weights are, so better asked for early."""
     token_scale_ptr, token_sum_ptr, channel_scale_ptr, zero_ptr, bias_ptr = scales
     offs_n = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
+    return gl.load(channel_scale_ptr + offs_n, mask=offs_n < N, other=0.0)
+
+
+@gluon.jit
+def load_token_scale(scales, first_m, M, BLOCK_M: gl.constexpr, MMA: gl.constexpr):
+    """Token scales [BLOCK_M]."""
+    token_scale_ptr, token_sum_ptr, channel_scale_ptr, zero_ptr, bias_ptr = scales
     offs_m = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
-    channel_scale = gl.load(channel_scale_ptr + offs_n, mask=offs_n < N, other=0.0)
-    token_scale = gl.load(token_scale_ptr + offs_m, mask=offs_m < M, other=0.0)
-    return channel_scale, token_scale
+    return gl.load(token_scale_ptr + offs_m, mask=offs_m < M, other=0.0)
 
 
 @gluon.jit
@@ -207,7 +209,7 @@ def add_parts(
     ROW: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     SPLIT: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
-    """Leave a part of a cut tile's sums, or, as the last to arrive, take all the others.
+    """Leave a part of a cut tile's sums and, as the last to arrive, take all the others.
 
     Returns (sums, whether they are complete). The parts of tile t are the first turns of the
     blocks t * parts and up; each block leaves its sums in the slot of its number.
@@ -218,13 +220,10 @@ def add_parts(
     cell = gl.expand_dims(offs_n, 1) * BLOCK_M + gl.expand_dims(offs_m, 0)
     cell += ROW * (BLOCK_N * BLOCK_M)
     counter = counter_ptr + tile * ROWS + ROW
-    # all others there already: no need to write
-    arrived = gl.atomic_add(counter, 0, sem="acquire")
-    if arrived != parts - 1:
-        gl.store(workspace_ptr + pid * (ROWS * BLOCK_N * BLOCK_M) + cell, acc)
-        # every thread's store comes before the release of the counter below
-        gl.thread_barrier()
-        arrived = gl.atomic_add(counter, 1, sem="acq_rel")
+    gl.store(workspace_ptr + pid * (ROWS * BLOCK_N * BLOCK_M) + cell, acc)
+    # every thread's store comes before the release of the counter below
+    gl.thread_barrier()
+    arrived = gl.atomic_add(counter, 1, sem="acq_rel")
     complete = arrived == parts - 1
     if complete:
         gl.thread_barrier()
@@ -258,8 +257,8 @@ def consume(
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32]
     )
-    # few tokens: the scales fit in registers during the loop, which hides their latency
-    EARLY: gl.constexpr = BLOCK_M <= 64 and ROWS * WAYS <= 2
+    # small tiles: token scales fit in registers during the loop, which hides their latency
+    EARLY: gl.constexpr = BLOCK_M * BLOCK_N <= 8192 and ROWS * WAYS <= 2
     turn = gl.program_id(0)
     stage = 0
     phase = 0
@@ -272,10 +271,9 @@ def consume(
         tile_m, tile_n = place(tile, work, GROUP_M)
         first_m = tile_m * BLOCK_M
         first_n = (tile_n * ROWS + ROW) * BLOCK_N
+        channel_scale = load_channel_scale(scales, first_n, N, BLOCK_N, MMA)
         if EARLY:
-            channel_scale, token_scale = load_scales(
-                scales, first_m, first_n, M, N, BLOCK_M, BLOCK_N, MMA
-            )
+            token_scale = load_token_scale(scales, first_m, M, BLOCK_M, MMA)
         acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32, MMA)
         if not GROUPED and WAY == 0:  # noqa: SIM102  decided when compiled, the other when run
             if first == 0:
@@ -322,9 +320,7 @@ def consume(
                 tma.store_wait(0)
                 gl.thread_barrier()
                 if not EARLY:
-                    channel_scale, token_scale = load_scales(
-                        scales, first_m, first_n, M, N, BLOCK_M, BLOCK_N, MMA
-                    )
+                    token_scale = load_token_scale(scales, first_m, M, BLOCK_M, MMA)
                 finish(
                     acc, channel_scale, token_scale, y_desc, residual_desc, y_buffers.index(ROW),
                     loaded.index(ROW), finished, bias_ptr, first_m, first_n, N,
