@@ -257,8 +257,10 @@ def consume(
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32]
     )
-    # small tiles: token scales fit in registers during the loop, which hides their latency
-    EARLY: gl.constexpr = BLOCK_M * BLOCK_N <= 8192 and ROWS * WAYS <= 2
+    # scales that fit in registers during the loop, which hides their latency; per channel, where it
+    # starts by waiting for loads of its own, larger tiles gained nothing
+    EARLY_CHANNEL: gl.constexpr = GROUPED or BLOCK_M <= 64 and ROWS * WAYS <= 2
+    EARLY_TOKEN: gl.constexpr = EARLY_CHANNEL and BLOCK_M * BLOCK_N <= 8192 and ROWS * WAYS <= 2
     turn = gl.program_id(0)
     stage = 0
     phase = 0
@@ -271,8 +273,9 @@ def consume(
         tile_m, tile_n = place(tile, work, GROUP_M)
         first_m = tile_m * BLOCK_M
         first_n = (tile_n * ROWS + ROW) * BLOCK_N
-        channel_scale = load_channel_scale(scales, first_n, N, BLOCK_N, MMA)
-        if EARLY:
+        if EARLY_CHANNEL:
+            channel_scale = load_channel_scale(scales, first_n, N, BLOCK_N, MMA)
+        if EARLY_TOKEN:
             token_scale = load_token_scale(scales, first_m, M, BLOCK_M, MMA)
         acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32, MMA)
         if not GROUPED and WAY == 0:  # noqa: SIM102  decided when compiled, the other when run
@@ -319,7 +322,9 @@ def consume(
                 # the buffer of y is free once the store of the tile before has read it
                 tma.store_wait(0)
                 gl.thread_barrier()
-                if not EARLY:
+                if not EARLY_CHANNEL:
+                    channel_scale = load_channel_scale(scales, first_n, N, BLOCK_N, MMA)
+                if not EARLY_TOKEN:
                     token_scale = load_token_scale(scales, first_m, M, BLOCK_M, MMA)
                 finish(
                     acc, channel_scale, token_scale, y_desc, residual_desc, y_buffers.index(ROW),
