@@ -64,6 +64,9 @@ def cases(arch: int) -> Iterator[tuple[str, Any, int]]:
     yield from few_cases(hopper)
     for features in (128, 300, 4096, 14336, 20000) if hopper else (4096,):
         yield "quantize", QuantizeSpec(features, torch.bfloat16), 1024
+    if hopper:
+        yield "quantize", QuantizeSpec(4096, torch.bfloat16), 128
+        yield "quantize", QuantizeSpec(14336, torch.bfloat16), 16
     yield from glue_cases(hopper)
     yield from attention_cases(hopper)
     yield from rotate_append_cases(hopper)
@@ -134,6 +137,7 @@ def glue_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
     yield "norm_quantize", full, 16
     yield "act_quantize", ActSpec(14336, torch.bfloat16), 1024
     if hopper:
+        yield "norm_quantize", llama, 128
         yield "norm_quantize", NormSpec(3584, torch.bfloat16, offset=1.0), 1024
         yield "norm_quantize", NormSpec(201, torch.float16, "centred", has_residual=True), 1024
         yield "norm_quantize", NormSpec(16384, torch.bfloat16, "layer", has_bias=True), 1024

@@ -33,6 +33,9 @@ from qoqc.quant.activation import quantize_act
 from qoqc.runtime.device import DeviceKey, device_key
 from qoqc.testing import capture, context, run_graph, sqnr, tiny_model
 
+A100 = DeviceKey("A100", 80, 108, 163 * 1024)
+H200 = DeviceKey("H200", 90, 132, 227 * 1024)
+
 SUMS = 2.0**-20
 """Relative error of fp32 sums of some thousand numbers in any order: seen 2**-22, and room."""
 
@@ -203,7 +206,8 @@ def test_candidates_agree(form: NormSpec, k: int, device: torch.device) -> None:
     assert heuristic(spec, 16, key) in tiles
     host = [None if t is None else t.cpu() for t in (call.x, call.residual, call.weight, call.bias)]
     low, high = interval(spec, tuple(host))
-    for tile in tiles if device.type == "cuda" else tiles[::5]:
+    pairs = heuristic(spec, 128, key)
+    for tile in (*tiles, pairs) if device.type == "cuda" else tiles[::5]:
         got = [t.cpu() for t in launch(build(NORM_QUANTIZE, spec, tile), call)]
         assert ((low <= got[4]) & (got[4] <= high)).all(), tile
         for a, b in zip(got, quantize_act(got[4]), strict=False):
@@ -235,15 +239,35 @@ def test_trial_copies_are_equal(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 128, 4096, 8192, 8193, 100000])
-@pytest.mark.parametrize("size", [1, 64, 8192])
-def test_heuristic_is_legal(k: int, size: int) -> None:
-    spec, device = NormSpec(k, torch.bfloat16), DeviceKey("A", 80, 108, 163 * 1024)
+@pytest.mark.parametrize("size", [1, 64, 128, 8192])
+@pytest.mark.parametrize("device", [A100, H200], ids=lambda key: key.name)
+def test_heuristic_is_legal(k: int, size: int, device: DeviceKey) -> None:
+    spec = NormSpec(k, torch.bfloat16)
     for tile in (heuristic(spec, size, device), *candidates(spec, size, device)):
         block, rows = tile["BLOCK_K"], tile["ROWS"]
         assert block >= k or tile["LOOP"]
         assert block & (block - 1) == rows & (rows - 1) == 0
         assert block * rows <= 64 * 32 * tile.num_warps
         assert tile.num_warps in (1, 2, 4, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("k", "size", "key", "rows", "num_warps"),
+    [
+        (4096, 64, H200, 1, 8),
+        (4096, 128, H200, 2, 16),
+        (4096, 256, H200, 2, 16),
+        (4096, 512, H200, 1, 8),
+        (4096, 128, A100, 1, 8),
+        (8192, 128, H200, 1, 16),
+        (1000, 128, H200, 2, 4),
+    ],
+)
+def test_tokens_come_in_pairs_where_every_sm_would_have_one(
+    k: int, size: int, key: DeviceKey, rows: int, num_warps: int
+) -> None:
+    tile = heuristic(NormSpec(k, torch.bfloat16), size, key)
+    assert (tile["ROWS"], tile.num_warps) == (rows, num_warps)
 
 
 X = torch.zeros(2, 8)

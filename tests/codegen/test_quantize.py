@@ -21,6 +21,9 @@ from qoqc.runtime.device import DeviceKey, device_key
 
 Maker = Callable[[int, int], torch.Tensor]
 
+A100 = DeviceKey("A100", 80, 108, 163 * 1024)
+H200 = DeviceKey("H200", 90, 132, 227 * 1024)
+
 
 def assert_equal_to_twin(x: torch.Tensor, device: torch.device) -> None:
     """The kernel gives the bits of the definition, taken on the CPU."""
@@ -110,20 +113,48 @@ def test_candidates_agree(k: int, device: torch.device) -> None:
     spec, key = QuantizeSpec(k, x.dtype), device_key(device)
     tiles = candidates(spec, 16, key)
     assert heuristic(spec, 16, key) in tiles
-    for tile in tiles if device.type == "cuda" else tiles[::4]:
+    pairs = heuristic(spec, 128, key)
+    for tile in (*tiles, pairs) if device.type == "cuda" else tiles[::4]:
         got = launch(build(QUANTIZE, spec, tile), x.to(device))
         assert torch.equal(got[0].cpu(), quantize_act(x)[0]), tile
 
 
 @pytest.mark.parametrize("k", [1, 128, 4096, 14336, ONE_PASS, ONE_PASS + 1, 100000])
-@pytest.mark.parametrize("size", [1, 64, 8192])
-def test_heuristic_is_legal(k: int, size: int) -> None:
-    tile = heuristic(QuantizeSpec(k, torch.bfloat16), size, DeviceKey("A", 80, 108, 163 * 1024))
+@pytest.mark.parametrize("size", [1, 64, 128, 8192])
+@pytest.mark.parametrize("key", [A100, H200], ids=lambda key: key.name)
+def test_heuristic_is_legal(k: int, size: int, key: DeviceKey) -> None:
+    tile = heuristic(QuantizeSpec(k, torch.bfloat16), size, key)
     block, rows = tile["BLOCK_K"], tile["ROWS"]
     assert block * rows <= ONE_PASS
     assert block >= k or tile["LOOP"]
     assert block & (block - 1) == 0
-    assert tile.num_warps in (1, 2, 4, 8, 16)
+    assert tile.num_warps in (1, 2, 4, 8, 16, 32)
+    assert block * rows <= 128 * 32 * tile.num_warps
+
+
+@pytest.mark.parametrize(
+    ("k", "size", "key", "rows", "num_warps"),
+    [
+        (4096, 16, H200, 1, 8),
+        (4096, 64, H200, 1, 8),
+        (4096, 128, H200, 2, 16),
+        (4096, 256, H200, 2, 16),
+        (4096, 512, H200, 1, 8),
+        (4096, 128, A100, 1, 8),
+        (8192, 128, H200, 1, 16),
+        (14336, 16, H200, 1, 32),
+        (14336, 128, H200, 1, 32),
+        (14336, 256, H200, 1, 16),
+        (14336, 16, A100, 1, 16),
+        (ONE_PASS + 8, 16, H200, 1, 16),
+    ],
+)
+def test_tokens_and_warps_of_a_program(
+    k: int, size: int, key: DeviceKey, rows: int, num_warps: int
+) -> None:
+    """Pairs where every SM would have a token, all warps for long ones that have an SM each."""
+    tile = heuristic(QuantizeSpec(k, torch.bfloat16), size, key)
+    assert (tile["ROWS"], tile.num_warps) == (rows, num_warps)
 
 
 @pytest.mark.gpu
