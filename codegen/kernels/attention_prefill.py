@@ -238,7 +238,12 @@ def attention_prefill(
         origin = length - seq  # negative where the chunk is longer than the sequence
         k_chunk = k_chunk_ptr + b * k_chunk_stride_b + h.to(tl.int64) * k_chunk_stride_h
         v_chunk = v_chunk_ptr + b * v_chunk_stride_b + h.to(tl.int64) * v_chunk_stride_h
-        first = tl.maximum(begin - origin, 0) // BLOCK_T * BLOCK_T
+        if HAS_WINDOW and not HAS_MASK:
+            # the same as below, without a register that lasts from before the pages
+            oldest = tl.maximum(tile * BLOCK_R // GROUP + 1 - window, -origin)
+            first = tl.maximum(oldest, 0) // BLOCK_T * BLOCK_T
+        else:
+            first = tl.maximum(begin - origin, 0) // BLOCK_T * BLOCK_T
         for start in range(first, end - origin, BLOCK_T):
             u = start + tl.arange(0, BLOCK_T)
             wide = u.to(tl.int64)
