@@ -26,7 +26,10 @@ ARGUMENTS = ["--shape", "llama-3-8b", "--layers", "1", "--sizes", SMALL]
 ARGUMENTS += ["--batch", "1,2", "--prompt", "9", "--gen", "3"]
 
 
-def test_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     out = tmp_path / "rows.jsonl"
     rows = runpy.run_path(str(SCRIPT))["main"]([*ARGUMENTS, "--out", str(out)])
     assert [(row["batch"], row["ranks"], row["layers"]) for row in rows] == [(1, 1, 1), (2, 1, 1)]
