@@ -300,7 +300,7 @@ def kv4_attention(
     spec = attention.spec_of(call, bits, causal)
     seq, device = q.shape[2], q.device
     with _device_of(q):
-        if call.rows > attention_decode.MAX_ROWS or spec.has_softcap or spec.has_sinks:
+        if not attention_decode.takes(call, spec):
             kernel = kernel_for(OPS["attention_prefill"], spec, seq, device)
             if kernel.family.name == "attention_prefill":
                 return attention_prefill.launch(kernel, call)

@@ -280,6 +280,14 @@ def exact_scores(k_rows, q0, q1, c, in_row, none, K_HALF: tl.constexpr):
     return mma(right, q1, mma(left, q0, none))
 
 
+def takes(call: Call, spec: AttentionSpec) -> bool:
+    """Whether a call is this kernel's: of few rows, without soft cap and sinks.
+
+    attention_prefill.py has all others. Decode steps with those two are kv4_decode's.
+    """
+    return call.rows <= MAX_ROWS and not (spec.has_softcap or spec.has_sinks)
+
+
 def launch(kernel: Launch, call: Call, sm_count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The partial results of kv4_attention: part fp32 [B, Hq, S, splits, Dv], stat [.., splits, 2].
 

@@ -24,12 +24,13 @@ from qoqc.codegen.kernels import (
 )
 from qoqc.codegen.kernels.quantize import QuantizeSpec
 from qoqc.codegen.kernels.sampling import SampleSpec
+from qoqc.codegen.kernels.step_spec import StepSpec
 from qoqc.codegen.pair import Pair, pairs
 from qoqc.codegen.tuning import table
 from qoqc.codegen.tuning.choose import bucket, known
 from qoqc.errors import OptionError
 from qoqc.ir import ops
-from qoqc.ir.spec import LinearSpec
+from qoqc.ir.spec import AttentionSpec, LinearSpec
 from qoqc.passes.match import argument, example, is_call
 from qoqc.runtime.device import DeviceKey, device_key
 
@@ -56,7 +57,25 @@ def wanted(gm: GraphModule) -> list[Wanted]:
     """The kernels behind the qoqc ops of a rewritten graph."""
     found = {kernel: None for node in gm.graph.nodes for kernel in kernels_of(node)}
     found.update({few_kernel(each): None for each in pairs(gm.graph)})
+    found.update({each: None for kernel in list(found) for each in _with_masks(kernel)})
     return list(found)
+
+
+def _with_masks(kernel: Wanted) -> list[Wanted]:
+    """What stands for an attention where sequences of a batch begin with padding.
+
+    A prompt then has a mask of generate()'s, with causality and windows in it, as it has where it
+    is longer than a window. Of a step's mask the padding alone is left (passes/windows.py).
+    """
+    spec = kernel.spec
+    if isinstance(spec, AttentionSpec):
+        window = spec.has_window and not spec.causal
+        spec = dataclasses.replace(spec, has_mask=True, causal=False, has_window=window)
+    elif isinstance(spec, StepSpec):
+        spec = dataclasses.replace(spec, has_mask=True)
+    else:
+        return []
+    return [Wanted(kernel.op, spec)]
 
 
 def sampling_kernels(vocabulary: int) -> list[Wanted]:
@@ -133,16 +152,21 @@ def _attention(node: Node) -> list[Wanted]:
     q, k_pages, v_pages, kv_words, block_table, length, mask, k_chunk, v_chunk = (
         example(arg) for arg in node.args[:9]
     )
+    softcap: Any = argument(node, 12, "softcap", 0.0)
+    sinks = example(argument(node, 13, "sinks"))
     window: Any = argument(node, 14, "window", 0)
     call = attention.Call(
-        q, k_pages, v_pages, kv_words, block_table, length, mask, k_chunk, v_chunk, scale,
-        window=window,
+        q, k_pages, v_pages, kv_words, block_table, length, mask, k_chunk, v_chunk, scale, softcap,
+        sinks, window,
     )  # fmt: skip
     spec = attention.spec_of(call, bits, causal)
-    if call.rows > attention_decode.MAX_ROWS:
-        # the unpacking belongs to the form for sm_90, and is refused where that is
-        return [Wanted("attention_unpack", spec), Wanted("attention_prefill", spec)]
-    return [Wanted("attention_decode", spec), Wanted("attention_combine", spec)]
+    # the unpacking belongs to the form for sm_90, and is refused where that is
+    tiled = [Wanted("attention_unpack", spec), Wanted("attention_prefill", spec)]
+    if not attention_decode.takes(call, spec):
+        return tiled
+    split = [Wanted("attention_decode", spec), Wanted("attention_combine", spec)]
+    # a captured prompt stands for longer ones
+    return split if q.shape[2] == 1 else [*split, *tiled]
 
 
 _MAKERS: dict[Any, Callable[[Node], list[Wanted]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import types
@@ -20,6 +21,7 @@ from qoqc.errors import QoqcError, Unsupported
 from qoqc.passes import manager
 from qoqc.passes.context import Context
 from qoqc.pipeline import Report
+from qoqc.runtime.attention_interface import adopted
 from qoqc.runtime.device import DeviceKey
 from qoqc.runtime.dynamo import copy_graph
 from qoqc.runtime.kv_cache import KV4Cache
@@ -70,7 +72,9 @@ def survey(model: Any, options: Options, progress: Progress | None = None) -> Su
     # static, so that the kernels' specs hold numbers
     forward: Any = torch.compile(step, backend=collector.backend, dynamic=False)
     tokens = torch.zeros(1, PROMPT, dtype=torch.long, device=model.device)
-    with torch.no_grad():
+    # as qoqc.compile has it run
+    own = contextlib.nullcontext() if options.kv_bits == 16 else adopted(model)
+    with own, torch.no_grad():
         cache = _cache(model, options)
         collector.stage = "prefill"
         output = forward(model, input_ids=tokens, past_key_values=cache, use_cache=True)

@@ -6,6 +6,8 @@ neither. As one op they are found in a graph, and fuse with the cache in front o
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -77,3 +79,16 @@ def adopt(model: Any) -> bool:
     model.set_attn_implementation(NAME)
     log.info("attention of %s: %s instead of %s", type(model).__name__, NAME, chosen)
     return True
+
+
+@contextlib.contextmanager
+def adopted(model: Any) -> Iterator[None]:
+    """`adopt` for as long as it lasts; the model has the attention it had afterwards."""
+    chosen = model.config.get_text_config(decoder=True)._attn_implementation
+    if not adopt(model):
+        yield
+        return
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)
