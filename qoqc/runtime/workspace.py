@@ -9,13 +9,17 @@ import torch
 RESERVE = 1 << 20
 """Counters kept ready per device for CUDA graphs: 4 MiB, thousands of launches."""
 
+ALIGNED = 4
+"""Counters in 16 bytes: Triton compiles a kernel anew for a pointer that is not aligned to them,
+maybe in the middle of a capture."""
+
 _BY_STREAM: dict[tuple[torch.device, int], torch.Tensor] = {}
 _RESERVES: dict[torch.device, tuple[torch.Tensor, int]] = {}
 _LOCK = threading.Lock()
 
 
 def zeroed_counters(device: torch.device, count: int) -> torch.Tensor:
-    """At least `count` int32 zeros on `device` that the kernel must leave as zeros.
+    """At least `count` int32 zeros on `device`, aligned to 16 bytes; the kernel leaves them zeros.
 
     Launches on one stream follow one another and share theirs. A launch that is being captured
     gets counters of its own, because graphs may be replayed side by side on any stream; they come
@@ -39,6 +43,7 @@ def zeroed_counters(device: torch.device, count: int) -> torch.Tensor:
 
 
 def _captured(device: torch.device, count: int) -> torch.Tensor:
+    count = -(-count // ALIGNED) * ALIGNED
     reserve, used = _RESERVES.get(device, (None, 0))
     if reserve is None or used + count > reserve.numel():
         return torch.zeros(count, dtype=torch.int32, device=device)
