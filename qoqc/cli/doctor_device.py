@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,9 +14,10 @@ from rich.filesize import decimal
 
 from qoqc.cli.doctor import Check, Run
 from qoqc.codegen.build import OPS
+from qoqc.codegen.kernels.attention_forms import faster_than_flash
 from qoqc.codegen.tuning.choose import known
 from qoqc.codegen.tuning.table import look_up
-from qoqc.ir.spec import LinearSpec
+from qoqc.ir.spec import AttentionSpec, KVSpec, LinearSpec
 from qoqc.runtime.device import DeviceKey, device_key
 
 MIN_ARCH = 80
@@ -31,6 +33,30 @@ FORMATS: tuple[tuple[Literal[128, -1], str], ...] = ((128, "g128"), (-1, "per ch
 
 SHAPE = (4096, 4096)
 """N and K of the linear that stands for others; forms differ by device and tokens, rarely by it."""
+
+HEADS = AttentionSpec(32, KVSpec(8, 128, 128), torch.bfloat16, causal=True)
+"""Attention that stands for other models'."""
+
+SPECIAL = {
+    "a mask": dataclasses.replace(HEADS, has_mask=True),
+    "a window": dataclasses.replace(HEADS, has_window=True),
+    "a soft cap": dataclasses.replace(HEADS, has_softcap=True),
+    "sinks": dataclasses.replace(HEADS, has_sinks=True),
+    "8 bits": dataclasses.replace(HEADS, kv=dataclasses.replace(HEADS.kv, bits=8)),
+}
+"""What not every form takes."""
+
+SINGLE_FORMS = (
+    ("quantize", "quantize", "its only form"),
+    ("rotate, append", "kv_rotate_append", "its only form; kv_append of keys that are turned"),
+    (
+        "decode step",
+        "step_attend, step_combine",
+        "rotation, append and attention; the second for few sequences only",
+    ),
+    ("few queries over pages", "attention_decode, attention_combine", "their only forms"),
+)
+"""Work, kernels and why, the same on all GPUs."""
 
 
 def checks() -> list[Check]:
@@ -101,12 +127,27 @@ def gpu_runs(name: str, key: DeviceKey) -> Iterator[Run]:
             source = "heuristic" if look_up(op, spec, tokens, key) is None else "tuning table"
             work = f"linear {kind}, {tokens} token{'' if tokens == 1 else 's'}"
             yield Run(name, work, form.name, "; ".join([f"by {source}", *reasons]))
-    for work in ("quantize", "kv_append", "attention_decode", "attention_prefill"):
-        forms = [form.name for form in OPS[work].forms]
-        why = "its only form"
-        if len(forms) > 1:
-            why = "the first of these that takes the model's heads, unless a search chose"
-        yield Run(name, work.replace("_", " "), " or ".join(forms), why)
+    for work, kernels, why in SINGLE_FORMS:
+        yield Run(name, work, kernels, why)
+    yield _many_queries(name, key)
+    served = "from its pages" if faster_than_flash(HEADS, key) else "rounded, by flash attention"
+    why = f"by generate(), but for soft caps and sinks: those over pages; by qoqc serve {served}"
+    yield Run(name, "a prompt's first chunk", "torch's SDPA", why)
+
+
+def _many_queries(name: str, key: DeviceKey) -> Run:
+    """The form that plain attention takes, why not another, and what has another."""
+    op, tokens = OPS["attention_prefill"], TOKENS[-1]
+    form, _ = known(op, HEADS, tokens, key)
+    source = "heuristic" if look_up(op, HEADS, tokens, key) is None else "tuning table"
+    reasons = [f"by {source}"]
+    refused = [(other.name, other.refuses(HEADS, key)) for other in op.forms]
+    reasons += [f"{other}: {reason}" for other, reason in refused if reason is not None]
+    taken = {kind: known(op, spec, tokens, key)[0].name for kind, spec in SPECIAL.items()}
+    for other in sorted({*taken.values()} - {form.name}):
+        kinds = ", ".join(kind for kind, its in taken.items() if its == other)
+        reasons.append(f"{other} with {kinds}")
+    return Run(name, "many queries over pages", form.name, "; ".join(reasons))
 
 
 def _cpu_runs() -> Iterator[Run]:

@@ -216,11 +216,19 @@ def test_the_forms_are_those_a_launch_would_take(key: DeviceKey) -> None:
         refused = [form.name for form in op.forms if form.refuses(spec, key) is not None]
         assert all(f"{name}: " in lines[work].why for name in refused)
         assert bool(refused) == (key is A100), "the sm_90 form refuses an A100"
-    assert lines["attention decode"].runs == "attention_decode"
-    # a heuristic takes the first form that does not refuse
     attention, heads = OPS["attention_prefill"], AttentionSpec(8, KVSpec(2, 128, 128), torch.half)
-    assert lines["attention prefill"].runs == " or ".join(form.name for form in attention.forms)
-    assert attention.heuristic(heads, 512, key)[0] is attention.usable(heads, key)[0]
+    many = lines["many queries over pages"]
+    assert many.runs == attention.usable(heads, key)[0].name
+    first = lines["a prompt's first chunk"]
+    for work in ("decode step", "few queries over pages", "rotate, append"):
+        assert set(lines[work].runs.split(", ")) <= set(OPS)
+    if key is H100:
+        special = "attention_prefill with a mask, a window, a soft cap, 8 bits"
+        assert many.why == f"by heuristic; {special}"
+        assert first.why.endswith("qoqc serve from its pages")
+    else:
+        assert many.why == "by heuristic; attention_hopper: A100 is not of compute capability 9.0"
+        assert first.why.endswith("by flash attention")
 
 
 @pytest.mark.parametrize("build, remedy", [(None, "CPU build"), ("13.0", "CUDA_VISIBLE_DEVICES")])
