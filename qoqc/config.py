@@ -7,6 +7,8 @@
 | QOQC_LOG     | level for the `qoqc` logger (DEBUG, INFO, WARNING; default WARNING)    |
 | QOQC_VERIFY  | checks when an artifact is loaded: full (default), or lazy = of weight |
 |              | files only size and header                                            |
+| QOQC_RECORDS | 1 = run calls of a loaded artifact that an earlier process compiled   |
+|              | without tracing the model: docs/artifacts.md (default 0)              |
 """
 
 from __future__ import annotations
@@ -137,6 +139,14 @@ def log_level() -> str:
     if level not in LOG_LEVELS:
         raise OptionError(f"QOQC_LOG={level!r}: expected one of {', '.join(LOG_LEVELS)}")
     return level
+
+
+def records_enabled() -> bool:
+    """Whether compiled calls are recorded and replayed; OptionError for an unknown value."""
+    value = os.environ.get("QOQC_RECORDS", "0")
+    if value not in ("0", "1"):
+        raise OptionError(f"QOQC_RECORDS={value!r}: expected 0 or 1")
+    return value == "1"
 
 
 def verify_mode() -> Verify:

@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 import torch
 
 from qoqc.artifact.load import load_model
-from qoqc.config import Options
+from qoqc.config import Options, records_enabled
 from qoqc.decode import loop
 from qoqc.decode.caches import CacheProvider
 from qoqc.errors import ArtifactError, Unsupported
 from qoqc.parallel import load as parallel
 from qoqc.parallel.ranks import Count, join
+from qoqc.records.replay import Records, digest_of
 from qoqc.runtime import attention_interface
 from qoqc.runtime.weights import STORE
 
@@ -54,12 +55,28 @@ def compile(model: Model, **options: Any) -> Model:
     attributes.qoqc_options = parsed  # what qoqc.save records
     if parsed.kv_bits != 16:
         attention_interface.adopt(model)
-        loop.install(model, graphs)
+        loop.install(model, graphs, _records(model, parsed))
         caches = CacheProvider(model, parsed)
         attributes.qoqc_caches = caches
         # transformers has no registry for caches: this method is where generate() makes one
         attributes._prepare_cache_for_generation = caches.prepare
     return model
+
+
+def _records(model: Any, options: Options) -> Records | None:
+    """The records of a model's calls, if they are switched on, and can stand for its tracing.
+
+    They need an artifact, which says what the model is. Inductor's CUDA graphs, and code that is
+    to be looked at, are made by tracing.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    manifest = getattr(quantizer, "manifest", None)
+    traced = options.mode in WITHOUT_GRAPHS and not options.graphs
+    if not records_enabled() or manifest is None or hasattr(model, "qoqc_parallel"):
+        return None
+    if traced or options.dump is not None or options.glue != "inductor":
+        return None
+    return Records(model, options, digest_of(manifest))
 
 
 def load(

@@ -7,11 +7,12 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from qoqc.codegen.lower import lower
 from qoqc.config import Options
@@ -21,7 +22,13 @@ from qoqc.passes import manager
 from qoqc.passes.context import Context, Refusal
 from qoqc.runtime.compile_cache import activate, digest, key_parts
 from qoqc.runtime.compile_count import graph_from_cache
-from qoqc.runtime.dynamo import compile_with_inductor, copy_graph, fake_input
+from qoqc.runtime.dynamo import (
+    ShapeFacts,
+    compile_with_inductor,
+    copy_graph,
+    fake_input,
+    shape_facts,
+)
 from qoqc.runtime.executable import Executable, Slot
 from qoqc.runtime.weights import Bundle
 
@@ -48,6 +55,51 @@ class Report:
 
 reports: deque[Report] = deque(maxlen=256)
 """The reports of the last graphs, newest last."""
+
+
+@dataclasses.dataclass
+class Made:
+    """A graph that was compiled inside of `watched`, with what is needed to run it elsewhere.
+
+    kept      the placeholders of the arguments it takes, in order
+    bound     the packed tensors it takes after them
+    slots     each bundle those come from, with the placeholders of its Parameters
+    compiled  Inductor's code
+    result    what its last run gave, until `forget`
+    """
+
+    kept: list[Node]
+    bound: list[torch.Tensor]
+    slots: list[tuple[Slot, tuple[Node, ...]]]
+    facts: ShapeFacts
+    compiled: Callable[..., Any]
+    result: Any = None
+    watching: bool = True
+
+    def run(self, *args: Any) -> Any:
+        """Run the code and remember what came out."""
+        result = self.compiled(*args)
+        if self.watching:
+            self.result = result
+        return result
+
+    def forget(self) -> None:
+        """Keep nothing of the graph but what runs it."""
+        self.kept, self.bound, self.slots = [], [], []
+        self.result, self.watching = None, False
+
+
+_WATCHED: list[list[Made]] = []
+
+
+@contextmanager
+def watched() -> Iterator[list[Made]]:
+    """The graphs that Inductor compiles inside the block, innermost block only."""
+    _WATCHED.append([])
+    try:
+        yield _WATCHED[-1]
+    finally:
+        _WATCHED.pop()
 
 
 def compile_graph(
@@ -93,13 +145,21 @@ def _bind(gm: GraphModule, ctx: Context, name: str) -> Executable:
         else:
             examples = [ctx.values[n] for n in kept] + [fake_input(ctx.bound[n]) for n in bound]
             cache_key = digest(key_parts(_device([ctx.values[n] for n in kept])))
-            run = compile_with_inductor(gm, examples, ctx.options.mode, cache_key)
+            run = compile_with_inductor(
+                gm, examples, ctx.options.mode, cache_key, portable=bool(_WATCHED)
+            )
     tensors = [ctx.bound[n] for n in bound]
     slots = [
         Slot(bundle, tuple(ctx.index[n] for n in nodes), _fields(bundle, tensors))
         for bundle, nodes in ctx.bundles
     ]
     assert sum(len(slot.fields) for slot in slots) == len(bound), "each belongs to one bundle"
+    if _WATCHED and ctx.options.glue == "inductor":
+        owners = [nodes for _, nodes in ctx.bundles]
+        facts = shape_facts(kept)
+        made = Made(kept, list(tensors), list(zip(slots, owners, strict=True)), facts, run)
+        _WATCHED[-1].append(made)
+        run = made.run
     positions = [ctx.index[n] for n in kept]
     return Executable(run, positions, tensors, slots, ctx.store, release=ctx.options.release)
 

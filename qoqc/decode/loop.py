@@ -20,6 +20,7 @@ from qoqc.decode.steps import Steps
 from qoqc.decode.watch import Watch
 from qoqc.errors import CacheFull
 from qoqc.log import get_logger
+from qoqc.records.replay import Records
 from qoqc.runtime.dynamo import vary
 
 log = get_logger("decode")
@@ -29,13 +30,16 @@ AXES = {2: (0, 1), 4: (0, 2, 3)}
 """The axes that differ from call to call, of tokens [B, S] and of masks [B, 1, S, T]."""
 
 
-def install(model: Any, graphs: bool) -> None:
+def install(model: Any, graphs: bool, records: Records | None = None) -> None:
     """Let model.generate() sample through this loop; `graphs` = steps become CUDA graphs.
+
+    With `records` its calls are run without tracing the model where they were recorded before.
 
     generate() looks its loops up on the model's class, so the model gets a subclass of its own
     class, as torch's parametrizations and FSDP do it.
     """
     model.qoqc_steps = Steps(graphs)
+    model.qoqc_records = records
     if not hasattr(type(model), "qoqc_loop"):
         kind: Any = type(model)
         model.__class__ = _with_loop(kind)
@@ -89,7 +93,10 @@ def _with_loop(kind: Any) -> Any:
             for each in value.values() if isinstance(value, dict) else (value,):
                 if isinstance(each, torch.Tensor) and each.dim() in AXES:
                     vary(each, *AXES[each.dim()])
-        return kind.__call__(self, *args, **kwargs)
+        if self.qoqc_records is None or args or torch.compiler.is_compiling():
+            return kind.__call__(self, *args, **kwargs)
+        through_dynamo = functools.partial(kind.__call__, self, **kwargs)
+        return self.qoqc_records.call(self, through_dynamo, kwargs)
 
     members = {
         "__module__": kind.__module__,
