@@ -24,7 +24,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 NAMES = frozenset({"name_or_path", "_name_or_path", "generation_config", "_original_object_hash"})
 """Where a model came from, and what only generate() reads: no graph depends on it."""
 
-OWN = frozenset({"_parameters", "_buffers", "_modules", "_compiled_call_impl"})
+OWN = frozenset(vars(torch.nn.Module()).keys() | {"_compiled_call_impl"})
+"""What torch keeps in every module: looked at by itself, or hooks, or of state_dict only."""
 LAYER = ("bits", "prefill_kv", "whole_prefill", "empty")
 POOLS = ("k_pages", "v_pages", "kv_words", "block_table", "length")
 MOVING_ROPE = frozenset({"dynamic", "longrope"})
@@ -43,7 +44,7 @@ def of_model(model: torch.nn.Module) -> Identity | None:
         if module.training or "forward" in held or any(held[hooks] for hooks in HOOKS):
             return None
         first = seen.setdefault(id(module), len(seen))
-        attributes = {k: v for k, v in held.items() if k not in OWN and k not in NAMES}
+        attributes = {k: v for k, v in held.items() if k not in OWN}
         parts.append((name, first, _code(type(module)), _plain(attributes, seen)))
         for kind in (held["_parameters"], held["_buffers"]):
             for leaf, tensor in kind.items():
