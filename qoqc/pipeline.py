@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,7 @@ class Made:
     kept      the placeholders of the arguments it takes, in order
     bound     the packed tensors it takes after them
     slots     each bundle those come from, with the placeholders of its Parameters
+    facts     what holds for the sizes of the arguments
     compiled  Inductor's code
     result    what its last run gave, until `forget`
     """
@@ -89,17 +91,22 @@ class Made:
         self.result, self.watching = None, False
 
 
-_WATCHED: list[list[Made]] = []
+class _Watch(threading.local):
+    graphs: list[Made] | None = None
+
+
+_WATCH = _Watch()
 
 
 @contextmanager
 def watched() -> Iterator[list[Made]]:
-    """The graphs that Inductor compiles inside the block, innermost block only."""
-    _WATCHED.append([])
+    """The graphs that Inductor compiles inside the block, for this thread; innermost block only."""
+    outer, made = _WATCH.graphs, list[Made]()
+    _WATCH.graphs = made
     try:
-        yield _WATCHED[-1]
+        yield made
     finally:
-        _WATCHED.pop()
+        _WATCH.graphs = outer
 
 
 def compile_graph(
@@ -146,7 +153,7 @@ def _bind(gm: GraphModule, ctx: Context, name: str) -> Executable:
             examples = [ctx.values[n] for n in kept] + [fake_input(ctx.bound[n]) for n in bound]
             cache_key = digest(key_parts(_device([ctx.values[n] for n in kept])))
             run = compile_with_inductor(
-                gm, examples, ctx.options.mode, cache_key, portable=bool(_WATCHED)
+                gm, examples, ctx.options.mode, cache_key, portable=_WATCH.graphs is not None
             )
     tensors = [ctx.bound[n] for n in bound]
     slots = [
@@ -154,11 +161,11 @@ def _bind(gm: GraphModule, ctx: Context, name: str) -> Executable:
         for bundle, nodes in ctx.bundles
     ]
     assert sum(len(slot.fields) for slot in slots) == len(bound), "each belongs to one bundle"
-    if _WATCHED and ctx.options.glue == "inductor":
+    if _WATCH.graphs is not None and ctx.options.glue == "inductor":
         owners = [nodes for _, nodes in ctx.bundles]
         facts = shape_facts(kept)
         made = Made(kept, list(tensors), list(zip(slots, owners, strict=True)), facts, run)
-        _WATCHED[-1].append(made)
+        _WATCH.graphs.append(made)
         run = made.run
     positions = [ctx.index[n] for n in kept]
     return Executable(run, positions, tensors, slots, ctx.store, release=ctx.options.release)
