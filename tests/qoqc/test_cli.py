@@ -176,7 +176,7 @@ def test_a_chat_that_may_compile_nothing(
 ) -> None:
     compiled = [0, 0]
 
-    def inductor(gm: Any, *_: Any) -> Any:
+    def inductor(gm: Any, *_: Any, **__: Any) -> Any:
         compiled[0] += cold
         return gm.forward
 
