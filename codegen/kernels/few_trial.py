@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from qoqc.codegen.family import Launch, TwinTrial
+from qoqc.codegen.family import Launch
 from qoqc.codegen.kernels import gemm_trial, norm_call
 from qoqc.codegen.kernels.few_call import FewCall, FewSpec, Outputs, call_of
+from qoqc.codegen.kernels.weight_trial import WeightTrial
 from qoqc.ir.glue import norm_quant
 from qoqc.ir.spec import GROUP
 from qoqc.quant.activation import quantize_act
@@ -19,7 +19,7 @@ Start = Callable[[Launch, FewCall, Outputs], None]
 """The launcher: kernel, checked tensors, room for the results."""
 
 
-class FewTrial(TwinTrial):
+class FewTrial(WeightTrial[FewCall]):
     """`size` random tokens through norm, quantization and a random weight."""
 
     def __init__(self, start: Start, spec: FewSpec, size: int, device: torch.device) -> None:
@@ -37,20 +37,6 @@ class FewTrial(TwinTrial):
         """Fill the outputs with NaN."""
         for output in self._outputs:
             output.fill_(float("nan"))
-
-    @property
-    def cold_bytes(self) -> int:
-        """Bytes of the weight with its words and scales."""
-        call = self._calls[0]
-        tensors = (call.qweight, call.channel_scale, call.word)
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def rotate(self, copies: int) -> None:
-        """Have `copies` equal weights in different memory."""
-        first = self._calls[0]
-        while len(self._calls) < copies:
-            own = {n: getattr(first, n).clone() for n in ("qweight", "channel_scale", "word")}
-            self._calls.append(dataclasses.replace(first, **own))
 
     def expected(self) -> tuple[torch.Tensor, ...]:
         """The definition: that of the quantizing op, then that of the linear."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from qoqc.codegen.family import Launch, TwinTrial
+from qoqc.codegen.family import Launch
 from qoqc.codegen.kernels.gemm import GemmCall, call_of
+from qoqc.codegen.kernels.weight_trial import WeightTrial
 from qoqc.ir.reference import int8_glu, int8_linear
 from qoqc.ir.spec import GROUP, TILE_N, LinearSpec
 from qoqc.quant.pack import ceil_div
@@ -25,7 +25,7 @@ COMPARED_ROWS = 256
 """Rows compared with the definition, which is slow: both ends and some between."""
 
 
-class GemmTrial(TwinTrial):
+class GemmTrial(WeightTrial[GemmCall]):
     """`size` random tokens times a random weight, by the form that `start` launches."""
 
     def __init__(self, start: Start, spec: LinearSpec, size: int, device: torch.device) -> None:
@@ -42,20 +42,6 @@ class GemmTrial(TwinTrial):
     def clear(self) -> None:
         """Fill the product with NaN."""
         self._y.fill_(float("nan"))
-
-    @property
-    def cold_bytes(self) -> int:
-        """Bytes of the weight with its words and scales."""
-        call = self._calls[0]
-        tensors = (call.qweight, call.channel_scale, call.word)
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def rotate(self, copies: int) -> None:
-        """Have `copies` equal weights in different memory."""
-        first = self._calls[0]
-        while len(self._calls) < copies:
-            own = {n: getattr(first, n).clone() for n in ("qweight", "channel_scale", "word")}
-            self._calls.append(dataclasses.replace(first, **own))
 
     def expected(self) -> tuple[torch.Tensor, ...]:
         """The op's definition, for the compared rows."""

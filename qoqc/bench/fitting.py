@@ -39,10 +39,21 @@ def largest_batch(system: System, prompt: int, gen: int, fallback: int) -> int:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     kept = kv_bytes(system.model) * (prompt + gen)
-    room = free - RESERVE * total
+    sliced = getattr(system.model, "qoqc_loop", False)
+    return fitting(
+        free - RESERVE * total, activations, kept, at_once=rows_of(prompt) if sliced else None
+    )
+
+
+def fitting(room: float, activations: float, kept: float, *, at_once: int | None) -> int:
+    """Sequences for which `room` bytes suffice; at least 1.
+
+    activations  bytes of a sequence while prompts run
+    kept         bytes of a sequence from then on
+    at_once      sequences whose prompts run together; None = all
+    """
     batch = int(room / (activations + kept))
-    if getattr(system.model, "qoqc_loop", False):
-        at_once = rows_of(prompt)
+    if at_once is not None:
         batch = max(batch, int((room - at_once * activations) / kept))
     return max(batch // STEP * STEP if batch >= STEP else batch, 1)
 

@@ -69,6 +69,21 @@ def test_on_a_cpu_the_largest_batch_is_what_is_asked_for() -> None:
     assert fitting.largest_batch(System("s", Sleeper()), 8, 8, fallback=3) == 3
 
 
+@pytest.mark.parametrize(
+    ("room", "at_once", "batch"),
+    [
+        (1000, None, 20),  # 40 + 10 bytes each
+        (10_000, None, 192),  # 200, in steps of 32
+        (1000, 8, 68 // 32 * 32),  # 320 for eight prompts, then 10 each
+        (10_000, 64, 736),  # 2,560, then 744 sequences
+        (300, 8, 6),  # fewer than run at once: all of them do
+        (1, 8, 1),
+    ],
+)
+def test_the_largest_batch(room: int, at_once: int | None, batch: int) -> None:
+    assert fitting.fitting(room, 40, 10, at_once=at_once) == batch
+
+
 def test_plan_of_text() -> None:
     assert numbers("--batch", "1,16") == (1, 16)
     assert numbers("--batch", "none") == ()
