@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from qoqc.codegen import page_check
 from qoqc.codegen.build import OPS, build, dump_kernels, runs
 from qoqc.codegen.family import Kernel, Op
 from qoqc.codegen.kernels import (
@@ -76,7 +77,7 @@ def _late_bound(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return IMPLEMENTATIONS[name](*args)
 
-    return call
+    return page_check.checked(name, call)
 
 
 def kernel_for(op: Op, spec: Any, size: int, device: torch.device) -> Kernel:

@@ -7,6 +7,8 @@
 | QOQC_LOG     | level for the `qoqc` logger (DEBUG, INFO, WARNING; default WARNING)    |
 | QOQC_VERIFY  | checks when an artifact is loaded: full (default), or lazy = of weight |
 |              | files only size and header                                            |
+| QOQC_CHECK_PAGES | 1 = block tables are checked before each launch on a GPU, but for those |
+|              | captured in CUDA graphs: slow (default 0)                              |
 | QOQC_RECORDS | 1 = run calls of a loaded artifact that an earlier process compiled   |
 |              | without tracing the model: docs/artifacts.md (default 0)              |
 """
@@ -143,9 +145,18 @@ def log_level() -> str:
 
 def records_enabled() -> bool:
     """Whether compiled calls are recorded and replayed; OptionError for an unknown value."""
-    value = os.environ.get("QOQC_RECORDS", "0")
+    return _switch("QOQC_RECORDS")
+
+
+def checks_pages() -> bool:
+    """Whether block tables are checked before each launch; OptionError for an unknown value."""
+    return _switch("QOQC_CHECK_PAGES")
+
+
+def _switch(name: str) -> bool:
+    value = os.environ.get(name, "0")
     if value not in ("0", "1"):
-        raise OptionError(f"QOQC_RECORDS={value!r}: expected 0 or 1")
+        raise OptionError(f"{name}={value!r}: expected 0 or 1")
     return value == "1"
 
 

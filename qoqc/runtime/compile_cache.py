@@ -42,7 +42,15 @@ SWITCHES = ("QOQC_", "TORCH", "TRITON_", "PYTORCH_", "CUDA_", "NVIDIA_TF32", "OM
 """Beginnings of the names of environment variables that may change what is compiled."""
 
 PLACES = frozenset(
-    {"QOQC_CACHE", "QOQC_DUMP", "QOQC_LOG", "QOQC_VERIFY", "TORCH_LOGS", "TORCH_TRACE"}
+    {
+        "QOQC_CACHE",
+        "QOQC_CHECK_PAGES",
+        "QOQC_DUMP",
+        "QOQC_LOG",
+        "QOQC_VERIFY",
+        "TORCH_LOGS",
+        "TORCH_TRACE",
+    }
     | {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_HOME", "CUDA_VISIBLE_DEVICES"}
 )
 """Those among them that say where to put or print something, or which of equal devices to use."""
