@@ -115,6 +115,12 @@ def test_a_wrong_byte_does_not_take_back_characters(sentencepiece_like: Any) -> 
     assert "".join(pieces_of(sentencepiece_like, ids, [1])) == f"once東{UNKNOWN} a"
 
 
+def test_a_space_before_a_character_in_parts_stays(sentencepiece_like: Any) -> None:
+    """A run of bytes is no text until it is whole, and texts lose the space they begin with."""
+    ids = spelled(sentencepiece_like, "0 \x80")
+    assert pieces_of(sentencepiece_like, ids, [1, 2]) == ["0", "", " \x80", ""]
+
+
 def test_text_that_is_cut_within_a_character_shows_so_at_the_end_only(bytewise: Any) -> None:
     ids = bytewise("a 🙂")["input_ids"][:-1]
     pieces = pieces_of(bytewise, ids, [1])

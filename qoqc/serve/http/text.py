@@ -50,11 +50,16 @@ class Detokenizer:
     def _text(self) -> str:
         """The window's text, of which `_shown` is the beginning."""
         text = self._decode(self._window)
-        if not text.startswith(self._shown):
-            # the decoder takes back what was shown: begin anew behind it
-            self._window, self._shown = self._fresh, ""
-            text = self._decode(self._window)
-        return text
+        if text.startswith(self._shown):
+            return text
+        # the decoder takes back what was shown: go on behind it
+        rest = self._decode(self._fresh)
+        if not rest.rstrip(UNKNOWN):
+            # perhaps only until the bytes of a character are all there: keep the window, since a
+            # text of its own may lose the space that it begins with
+            return self._shown + rest
+        self._window, self._shown = self._fresh, ""
+        return rest
 
     def _decode(self, start: int) -> str:
         text = self._tokenizer.decode(
