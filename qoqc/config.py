@@ -9,8 +9,8 @@
 |              | files only size and header                                            |
 | QOQC_CHECK_PAGES | 1 = block tables are checked before each launch on a GPU, but for those |
 |              | captured in CUDA graphs: slow (default 0)                              |
-| QOQC_RECORDS | 1 = run calls of a loaded artifact that an earlier process compiled   |
-|              | without tracing the model: docs/artifacts.md (default 0)              |
+| QOQC_RECORDS | 0 = trace a loaded artifact's calls, even those that an earlier       |
+|              | process traced and compiled: docs/artifacts.md (default 1)            |
 """
 
 from __future__ import annotations
@@ -145,16 +145,16 @@ def log_level() -> str:
 
 def records_enabled() -> bool:
     """Whether compiled calls are recorded and replayed; OptionError for an unknown value."""
-    return _switch("QOQC_RECORDS")
+    return _switch("QOQC_RECORDS", default="1")
 
 
 def checks_pages() -> bool:
     """Whether block tables are checked before each launch; OptionError for an unknown value."""
-    return _switch("QOQC_CHECK_PAGES")
+    return _switch("QOQC_CHECK_PAGES", default="0")
 
 
-def _switch(name: str) -> bool:
-    value = os.environ.get(name, "0")
+def _switch(name: str, default: str) -> bool:
+    value = os.environ.get(name, default)
     if value not in ("0", "1"):
         raise OptionError(f"{name}={value!r}: expected 0 or 1")
     return value == "1"

@@ -6,13 +6,14 @@ not known to be harmless makes another identity or none.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from types import CodeType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qoqc.records.functions import bodies
 from qoqc.runtime.dynamo import dispatch_keys, undisturbed
 from qoqc.runtime.kv_cache import KV4Cache
 from qoqc.runtime.kv_layers import KV4Layer
@@ -37,17 +38,21 @@ def of_model(model: torch.nn.Module) -> Identity | None:
 
     None if there are hooks, a forward of an instance's own, or a module that trains.
     """
-    parts: list[Any] = []
+    parts: list[Any] = [_attention(model)]
     seen: dict[int, int] = {}
+    kinds: dict[type[torch.nn.Module], Identity] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         held = module.__dict__
         if module.training or "forward" in held or any(held[hooks] for hooks in HOOKS):
             return None
         first = seen.setdefault(id(module), len(seen))
         attributes = {k: v for k, v in held.items() if k not in OWN}
-        parts.append((name, first, _code(type(module)), _plain(attributes, seen)))
-        for kind in (held["_parameters"], held["_buffers"]):
-            for leaf, tensor in kind.items():
+        kind = type(module)
+        if kind not in kinds:
+            kinds[kind] = (kind.__module__, kind.__qualname__, bodies(kind.forward))
+        parts.append((name, first, kinds[kind], _plain(attributes, seen)))
+        for held_tensors in (held["_parameters"], held["_buffers"]):
+            for leaf, tensor in held_tensors.items():
                 if tensor is not None:
                     first = seen.setdefault(id(tensor), len(seen))
                     parts.append((leaf, first, tuple(tensor.shape), *_kind(tensor)))
@@ -86,6 +91,12 @@ def of_call(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> Identity | Non
     return tuple(parts)
 
 
+def _attention(model: torch.nn.Module) -> Identity:
+    """The function that transformers calls for attention, which a module finds by its name."""
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return bodies(ALL_ATTENTION_FUNCTIONS.get(name))
+
+
 def _kind(tensor: torch.Tensor) -> Identity:
     return (
         type(tensor).__name__,
@@ -100,22 +111,6 @@ def _kind(tensor: torch.Tensor) -> Identity:
 def _ones(tensor: torch.Tensor) -> Identity:
     """Which sizes are 1: Dynamo makes graphs of their own for them."""
     return tuple(size == 1 for size in tensor.shape)
-
-
-def _code(kind: type[torch.nn.Module]) -> Identity:
-    """The class and the code of its forward, which may have been replaced."""
-    forward = kind.forward
-    code = getattr(forward, "__code__", None)
-    inner = getattr(getattr(forward, "__wrapped__", None), "__code__", None)
-    bodies = tuple(_body(each) for each in (code, inner) if each is not None)
-    return (kind.__module__, kind.__qualname__, bodies)
-
-
-@functools.cache
-def _body(code: CodeType) -> Identity:
-    """What a function does; of the functions inside it only that they are there."""
-    constants = tuple(repr(each) for each in code.co_consts if isinstance(each, PLAIN))
-    return (code.co_code.hex(), code.co_names, constants)
 
 
 def _plain(value: Any, seen: dict[int, int]) -> Any:

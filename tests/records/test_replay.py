@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 
 import qoqc
 from qoqc import generate
@@ -30,7 +31,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
         patch.setenv("QOQC_CACHE", str(folder))
-        patch.setenv("QOQC_RECORDS", "1")
+        patch.delenv("QOQC_RECORDS", raising=False)
         yield folder
     torch._dynamo.reset()
 
@@ -149,6 +150,28 @@ def test_a_changed_model_is_traced(
     assert torch.equal(got, logits(plain))
 
 
+def _other_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((second, -first), -1)
+
+
+def test_a_patched_function_is_noticed(
+    artifact: Path,
+    expected: dict[tuple[int, int], list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of those that no forward calls itself, but one that it calls."""
+    model = fresh(artifact)
+    before = logits(model)
+    assert traced() == 0
+    monkeypatch.setattr(modeling_llama, "rotate_half", _other_half)
+    got = logits(model)
+    assert traced() > 0
+    assert not torch.equal(got, before)
+    monkeypatch.setattr(generate, "records_enabled", lambda: False)
+    assert torch.equal(got, logits(fresh(artifact)))
+
+
 def test_a_change_between_calls_is_noticed(
     artifact: Path, expected: dict[tuple[int, int], list[Any]]
 ) -> None:
@@ -238,11 +261,11 @@ def test_the_bundled_model(model_dir: Path, tmp_path: Path) -> None:
     assert traced() == 0
 
 
-def test_only_where_it_is_asked_for(
+def test_it_can_be_switched_off(
     artifact: Path,
     expected: dict[tuple[int, int], list[Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(generate, "records_enabled", lambda: False)
+    monkeypatch.setenv("QOQC_RECORDS", "0")
     assert tokens(fresh(artifact)) == expected[1, 5]
     assert traced() == 2
