@@ -18,6 +18,7 @@ from torch import Tensor
 from qoqc.codegen import page_check
 from qoqc.codegen.build import OPS, build, dump_kernels, runs
 from qoqc.codegen.family import Kernel, Op
+from qoqc.codegen.invariance import size_for
 from qoqc.codegen.kernels import (
     act_quantize,
     attention,
@@ -82,6 +83,7 @@ def _late_bound(name: str) -> Callable[..., Any]:
 
 def kernel_for(op: Op, spec: Any, size: int, device: torch.device) -> Kernel:
     """The kernel for launches of about `size` tokens on `device`: a dict look-up, mostly."""
+    size = size_for(op, size)
     key = (op.name, spec, choose.bucket(size), device)
     kernel = _KERNELS.get(key)
     if kernel is None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.utils import stream_context
 
+from qoqc.codegen.invariance import invariant
 from qoqc.errors import QoqcError, own_error
 from qoqc.runtime.dynamo import vary
 from qoqc.serve import attention
@@ -28,6 +30,7 @@ class Inputs(ContinuousBatchingIOs):
 
     def __init__(self, cache: KV4PagedCache, invariant: bool, **kwargs: Any) -> None:
         self.step: attention.Step | None = None
+        self.invariant = invariant
         self._rows: Rows | None = None
         super().__init__(cache=cache, **kwargs)
         if not invariant:
@@ -111,8 +114,9 @@ class PagedForward:
         # one graph for all numbers of tokens and of logit rows, from the first step on
         for tensor in (input_ids, position_ids, *wanted.values()):
             vary(tensor, tensor.dim() - 1)
+        bits = invariant() if self._inputs.invariant else nullcontext()
         try:
-            with attention.running(step):
+            with attention.running(step), bits:
                 return self._model(
                     input_ids=input_ids, position_ids=position_ids, use_cache=False, **wanted
                 )
