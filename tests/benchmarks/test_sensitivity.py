@@ -1,0 +1,19 @@
+"""What roundings alone do to logits: nothing if there is no other, and more with more of them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from benchmarks import sensitivity
+
+
+def test_distances(capsys: pytest.CaptureFixture[str]) -> None:
+    sensitivity.main(["--steps", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    means = [float(value) for line in lines for value in re.findall(r"mean ([\d.]+)%", line)]
+    assert len(means) == 2 + len(sensitivity.SHARES)
+    same, *others = means
+    assert same == 0.0
+    assert all(0 < other < 100 for other in others)
