@@ -75,19 +75,27 @@ def weights_of(s, peak, factor):
 
 
 @gluon.jit
-def load_queries(q_ptr, stride_h, stride_s, row, first_head, seq, scale, DIM: gl.constexpr,
-                 GROUP: gl.constexpr, BF16: gl.constexpr, L: gl.constexpr):  # fmt: skip
+def load_queries(queries, b, h, first_row, seq, DIM: gl.constexpr, GROUP: gl.constexpr,
+                 L: gl.constexpr):  # fmt: skip
+    """64 rows of queries as they are, zeros behind the last."""
+    q_ptr, stride_b, stride_h, stride_s = queries
+    c = gl.arange(0, DIM, layout=gl.SliceLayout(0, L))
+    row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, L))
+    query = row // GROUP
+    start = (h * GROUP + row % GROUP).to(gl.int64) * stride_h + query.to(gl.int64) * stride_s
+    return gl.load(
+        q_ptr + b * stride_b + gl.expand_dims(start, 1) + gl.expand_dims(c, 0),
+        mask=gl.expand_dims(query < seq, 1), other=0.0,
+    )  # fmt: skip
+
+
+@gluon.jit
+def as_operand(q, scale, BF16: gl.constexpr, L: gl.constexpr):
     """Rows of queries as an fp16 operand, and by what their products become scores in log2.
 
     bf16 has numbers that fp16 has not: such a row is scaled by a power of two.
     """
-    c = gl.arange(0, DIM, layout=gl.SliceLayout(0, L))
-    query = row // GROUP
-    start = (first_head + row % GROUP).to(gl.int64) * stride_h + query.to(gl.int64) * stride_s
-    q = gl.load(
-        q_ptr + gl.expand_dims(start, 1) + gl.expand_dims(c, 0),
-        mask=gl.expand_dims(query < seq, 1), other=0.0,
-    )  # fmt: skip
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, L))
     # a product must not turn the -inf of unseen tokens into anything else
     factor = gl.zeros_like(row).to(gl.float32) + gl.maximum(gl.abs(scale) * LOG2E, 1e-30)
     q = q * gl.where(scale < 0, -1.0, 1.0).to(q.dtype)
@@ -152,7 +160,6 @@ def attend(
     ROWS_O: gl.constexpr = gl.SliceLayout(1, MMA_O)
     Q: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     length_ptr, length_stride, capacity, heads, seq, pairs, items = work
-    q_ptr, q_stride_b, q_stride_h, q_stride_s = queries
     q_buffers, tiles = ring
     k_buffers, v_buffers, k_full, k_empty, v_full, v_empty = tiles
     q = q_buffers.index(INDEX)
@@ -161,17 +168,12 @@ def attend(
     phase = 0
     item = gl.program_id(0)
     step = first_step()
+    b, h, first_row, length, whole, used, overflow = item_of(item, work, GROUP, CAUSAL, TOKENS)
+    first_row += INDEX * 64
+    asked = load_queries(queries, b, h, first_row, seq, DIM, GROUP, Q)
     while item < items:
-        b, h, first_row, length, whole, used, overflow = item_of(
-            item, work, GROUP, CAUSAL, TOKENS
-        )  # fmt: skip
-        first_row += INDEX * 64
-        loaded, factor = load_queries(
-            q_ptr + b * q_stride_b, q_stride_h, q_stride_s,
-            first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, Q)), h * GROUP, seq, scale, DIM,
-            GROUP, BF16, Q,
-        )  # fmt: skip
-        q.store(loaded)
+        operand, factor = as_operand(asked, scale, BF16, Q)
+        q.store(operand)
         fence_async_shared()
         gl.thread_barrier()
         factor = gl.convert_layout(factor, ROWS_S)
@@ -182,6 +184,7 @@ def attend(
         peak = gl.full([64], float("-inf"), gl.float32, ROWS_S)
         total = gl.zeros([64], gl.float32, ROWS_S)
         acc = gl.zeros([64, DIM], gl.float32, MMA_O)
+        p = gl.zeros([64, TOKENS], gl.float32, MMA_S)
         if used > 0:
             # from the last tile on, the one that needs a mask
             none = gl.zeros([64, TOKENS], gl.float32, MMA_S)
@@ -207,6 +210,15 @@ def attend(
                     acc, total, peak, p, used - 1 - i, stage, phase, limit, column, q, factor,
                     tiles, False, DIM, TOKENS, STAGES,
                 )  # fmt: skip
+        # the next item's queries are on their way while this one is finished
+        item += step
+        step = 2 * gl.num_programs(0) - step
+        b2, h2, first_row2, length2, whole2, used2, overflow2 = item_of(
+            gl.minimum(item, items - 1), work, GROUP, CAUSAL, TOKENS
+        )  # fmt: skip
+        first_row2 += INDEX * 64
+        asked = load_queries(queries, b2, h2, first_row2, seq, DIM, GROUP, Q)
+        if used > 0:
             weights = gl.convert_layout(p.to(gl.float16), gl.DotOperandLayout(0, MMA_O, 2))
             acc = warpgroup_mma(weights, v_buffers.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
@@ -228,13 +240,21 @@ def attend(
         inverse = gl.where(total == 0, 0.0, 1.0 / gl.where(total == 0, 1.0, total))
         inverse = gl.where(overflow, float("nan"), inverse)
         out = acc * gl.expand_dims(gl.convert_layout(inverse, ROWS_O), 1)
-        out_row = first_row + gl.arange(0, 64, layout=ROWS_O)
-        d = gl.arange(0, DIM, layout=gl.SliceLayout(0, MMA_O))
+        # by way of the queries' buffer, whose products are done: whole lines are written so
+        kind: gl.constexpr = out_ptr.dtype.element_ty
+        q.store(out.to(kind).to(gl.float16, bitcast=True))
+        gl.thread_barrier()
+        out = q.load(Q).to(kind, bitcast=True)
+        out_row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, Q))
+        d = gl.arange(0, DIM, layout=gl.SliceLayout(0, Q))
         query = out_row // GROUP
         start = ((b * HEADS + h * GROUP + out_row % GROUP) * seq + query) * DIM
         gl.store(
             out_ptr + gl.expand_dims(start, 1) + gl.expand_dims(d, 0),
-            out.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(query < seq, 1),
+            out, mask=gl.expand_dims(query < seq, 1),
         )  # fmt: skip
-        item += step
-        step = 2 * gl.num_programs(0) - step
+        # what comes next into that buffer must not overtake
+        gl.thread_barrier()
+        b, h, first_row, length, whole, used, overflow = (
+            b2, h2, first_row2, length2, whole2, used2, overflow2
+        )

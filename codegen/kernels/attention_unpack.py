@@ -75,9 +75,13 @@ def narrow(x):
 
 
 @triton.jit
-def grid_at(words_ptr, live):
-    """Scales and lows, fp16, of the tokens whose words are at `words_ptr`; zeros if not `live`."""
-    word = tl.load(words_ptr, mask=live, other=0)
+def grid_at(words_ptr):
+    """Scales and lows, fp16, of the tokens whose words are at `words_ptr`.
+
+    Without a mask, so that words are loaded 16 bytes at once: what lies behind a sequence's end is
+    not stored.
+    """
+    word = tl.load(words_ptr)
     low = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     return (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True), low
 
@@ -160,9 +164,11 @@ def attention_unpack(
             words = words_ptr + page * 128
             if is_value == 0:
                 live = first + t < cached
-                scale, low = grid_at(words + t, live)
+                scale, low = grid_at(words + t)
                 scale, low = scale[:, None], low[:, None]
-                k_cells = k_pages_ptr + page * (64 * HALF) + t[:, None] * HALF + half[None, :]
+                # 8 bytes of a thread make the 16 that it stores: no exchange between threads
+                eights = tl.max_contiguous(half, 8)
+                k_cells = k_pages_ptr + page * (64 * HALF) + t[:, None] * HALF + eights[None, :]
                 k0, k1 = unpack_bytes(tl.load(k_cells), scale, low, scale, low, PTX)
                 k_rows = out + ((first + t).to(tl.int64) * DIM)[:, None] + half[None, :]
                 tl.store(k_rows, k0, mask=live[:, None])
@@ -171,8 +177,8 @@ def attention_unpack(
                 # a byte has the values of tokens 32 apart
                 live0 = first + low_t < cached
                 live1 = first + 32 + low_t < cached
-                scale0, low0 = grid_at(words + 64 + low_t, live0)
-                scale1, low1 = grid_at(words + 96 + low_t, live1)
+                scale0, low0 = grid_at(words + 64 + low_t)
+                scale1, low1 = grid_at(words + 96 + low_t)
                 v_cells = v_pages_ptr + page * (32 * DIM) + c[:, None] * 32 + low_t[None, :]
                 scale0, low0, scale1, low1 = scale0[None], low0[None], scale1[None], low1[None]
                 v0, v1 = unpack_bytes(tl.load(v_cells), scale0, low0, scale1, low1, PTX)

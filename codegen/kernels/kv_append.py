@@ -19,61 +19,13 @@ import triton.language as tl
 from qoqc.codegen.family import Family, Launch, Tile, Trial
 from qoqc.codegen.kernels.attention import kv_spec_of, unit_stride
 from qoqc.codegen.kernels.kv_selfcheck import APPEND_SELFCHECK
+from qoqc.codegen.kernels.kv_values import load_values, put_values
 from qoqc.codegen.kernels.pieces import check_device
+from qoqc.codegen.kernels.pieces_codes import codes_of, extent, grid_of
 from qoqc.ir.spec import PAGE, KVSpec
 from qoqc.quant.kv import HALF_PAGE, empty_pages
 from qoqc.quant.pack import ceil_div
 from qoqc.runtime.device import DeviceKey
-
-FP16_MAX = tl.constexpr(65504.0)
-FP16_NAN = tl.constexpr(0x7E00)
-
-
-@triton.jit
-def half_bits(x):
-    """The bits of fp32 x rounded to fp16, in an int32; one pattern for every NaN."""
-    bits = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return tl.where(x == x, bits, FP16_NAN)
-
-
-@triton.jit
-def extent(x, live):
-    """Minimum, maximum and "holds NaN" of the rows of fp32 x [T, D], `live` channels only."""
-    low = tl.min(tl.where(live, x, float("inf")), 1)
-    high = tl.max(tl.where(live, x, float("-inf")), 1)
-    # what is more than infinity is NaN: in integers no predicates, of which there are few
-    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    most = tl.max(tl.where(live, magnitude, 0), 1)
-    return low, high, (most > 0x7F800000).to(tl.int32)
-
-
-@triton.jit
-def grid_of(low, high, broken, TOP: tl.constexpr):
-    """kv_grid of quant/kv.py from the extent of vectors: low, 1 / scale as fp32 [T, 1], words."""
-    low = tl.minimum(tl.maximum(low, -FP16_MAX), FP16_MAX).to(tl.float16).to(tl.float32)
-    high = tl.minimum(tl.maximum(high, -FP16_MAX), FP16_MAX)
-    low = tl.where(broken > 0, float("nan"), low)
-    scale = tl.div_rn(high - low, tl.full(high.shape, TOP, tl.float32))
-    # NaN survives minimum and maximum on no device for sure
-    scale = tl.where(broken > 0, float("nan"), tl.minimum(tl.maximum(scale, 0.0), FP16_MAX))
-    word = half_bits(scale) | (half_bits(low) << 16)
-    step = scale.to(tl.float16).to(tl.float32)
-    # both sides of tl.where are computed, so the divisor must not be zero
-    inverse = tl.div_rn(tl.full(step.shape, 1.0, tl.float32), tl.where(step > 0, step, 1.0))
-    inverse = tl.where(step > 0, inverse, 0.0)
-    return low[:, None], inverse[:, None], word
-
-
-@triton.jit
-def codes_of(x, low, inverse, TOP: tl.constexpr):
-    """The codes int32 [T, D] of fp32 x on a grid; NaN gives 0."""
-    position = (x - low) * inverse
-    # clamping first gives the same codes and keeps the product out of a fused multiply-add,
-    # which would round once where the definition rounds twice
-    inside = tl.minimum(tl.maximum(position, 0.0), TOP)
-    # 1.5 * 2**23 leaves no room for a fraction: the code is what its low bits hold then. A maximum
-    # with NaN is the other number, or a NaN whose low bits are zeros
-    return (inside + 12582912.0).to(tl.int32, bitcast=True) & 255
 
 
 @triton.jit
@@ -123,67 +75,6 @@ def put_keys(
         tl.store(target, left_codes.to(tl.uint8), mask=live)
         tl.store(target + K_HALF, right_codes.to(tl.uint8), mask=live)
     tl.store(words + slot, word, mask=new)
-
-
-@triton.jit
-def put_values(
-    v_base,
-    v_stride_s,
-    first,
-    token,
-    inside,
-    whole,
-    seq,
-    v_page,
-    words,
-    V_DIM: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Quantize values into slots j and j + 32 of a page; at 4 bits these share their bytes.
-
-    first, token, inside, whole as `slots_of` gives them.
-    """
-    TOP: tl.constexpr = 15.0 if BITS == 4 else 255.0
-    V_BYTES: tl.constexpr = 8 * BITS
-    HALF: tl.constexpr = 32
-    j = first + tl.arange(0, BLOCK_J)
-    token0 = token + tl.arange(0, BLOCK_J)
-    token1 = token0 + HALF
-    new0 = inside & (token0 >= 0) & (token0 < seq)
-    new1 = inside & (token1 >= 0) & (token1 < seq)
-    d = tl.arange(0, BLOCK_V)
-    in_d = (d < V_DIM)[None, :]
-    v_rows = v_base + d[None, :]
-    live0 = new0[:, None] & in_d
-    live1 = new1[:, None] & in_d
-    rows0 = v_rows + token0[:, None].to(tl.int64) * v_stride_s
-    rows1 = v_rows + token1[:, None].to(tl.int64) * v_stride_s
-    x0 = tl.load(rows0, mask=live0, other=0.0).to(tl.float32)
-    x1 = tl.load(rows1, mask=live1, other=0.0).to(tl.float32)
-    min0, max0, broken0 = extent(x0, in_d)
-    min1, max1, broken1 = extent(x1, in_d)
-    low0, inverse0, word0 = grid_of(min0, max0, broken0, TOP)
-    low1, inverse1, word1 = grid_of(min1, max1, broken1, TOP)
-    codes0 = codes_of(x0, low0, inverse0, TOP)
-    codes1 = codes_of(x1, low1, inverse1, TOP)
-    target = v_page + d[None, :] * V_BYTES + j[:, None]
-    if BITS == 8:
-        tl.store(target, codes0.to(tl.uint8), mask=live0)
-        tl.store(target + HALF, codes1.to(tl.uint8), mask=live1)
-    elif whole:
-        # without a mask along j the bytes of a thread are stored at once: each would be a write to
-        # L2 of its own
-        tl.store(target, (codes0 | (codes1 << 4)).to(tl.uint8), mask=in_d)
-    else:
-        # byte (d, j) holds tokens j and j + 32
-        old = tl.load(target, mask=live0 != live1, other=0).to(tl.int32)
-        low_nibble = tl.where(live0, codes0, old & 15)
-        high_nibble = tl.where(live1, codes1 << 4, old & 240)
-        tl.store(target, (low_nibble | high_nibble).to(tl.uint8), mask=live0 | live1)
-    tl.store(words + 2 * HALF + j, word0, mask=new0)
-    tl.store(words + 3 * HALF + j, word1, mask=new1)
 
 
 @triton.jit(do_not_specialize=["seq", "pages", "table_stride", "start_stride"])
@@ -243,9 +134,10 @@ def kv_append(
     put_keys(left, right, live, new, k_page, words, first + row, c, K_HALF, BITS)
 
     v_base = v_ptr + b * v_stride_b + h * v_stride_h
+    v0, v1 = load_values(v_base, v_stride_s, token, inside, seq, V_DIM, BLOCK_J, BLOCK_V)
     put_values(
-        v_base, v_stride_s, first, token, inside, whole, seq, v_page, words, V_DIM, BITS, BLOCK_J,
-        BLOCK_V,
+        v0, v1, first, token, inside, whole, seq, v_page, words, V_DIM, BITS, BLOCK_J, BLOCK_V,
+        False,
     )  # fmt: skip
 
 

@@ -14,11 +14,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qoqc.codegen.kernels.kv_append import put_keys, put_values, slots_of
-from qoqc.codegen.kernels.pieces_rotary import NO_ROTARY, prepared
+from qoqc.codegen.kernels.kv_append import slots_of
+from qoqc.codegen.kernels.kv_values import load_values, put_values
+from qoqc.codegen.kernels.pieces import rounded
+from qoqc.codegen.kernels.pieces_codes import (
+    codes_of,
+    extent_of,
+    grid_of,
+    nan_max,
+    nan_min,
+    two_codes,
+    widened,
+)
+from qoqc.codegen.kernels.pieces_rotary import HALVES, NO_ROTARY, prepared
 
 
-@triton.jit(do_not_specialize=["seq", "pages", "table_stride", "start_stride", "eps"])
+@triton.jit(do_not_specialize=["seq", "pages", "table_stride", "start_stride", "eps", "share"])
 def kv_rotate_append(
     q_ptr,
     q_stride_b,
@@ -52,6 +63,7 @@ def kv_rotate_append(
     eps,
     seq,
     pages,
+    share,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -65,39 +77,51 @@ def kv_rotate_append(
     KIND: tl.constexpr,
     ROUND_BF16: tl.constexpr,
     SINGLE: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Prepare and append `seq` tokens; SINGLE: seq is 1, and one program covers its slot."""
+    """Prepare and append `seq` tokens; SINGLE: seq is 1, and one program covers its slot.
+
+    share  the part of a sequence's programs that append, times 2**31 and rounded up
+    """
     HALF: tl.constexpr = 32
     K_HALF: tl.constexpr = K_DIM // 2
+    # products of 16-bit numbers are exact in fp32 (unless they are as small as 2**-126)
+    EXACT: tl.constexpr = (
+        KIND.primitive_bitwidth == 16 and cos_ptr.dtype.element_ty.primitive_bitwidth == 16
+    )
     b = tl.program_id(1).to(tl.int64)
     pid = tl.program_id(0)
     c = tl.arange(0, BLOCK_K)
-    appends = append_programs(seq, KV_HEADS, SINGLE, BLOCK_J)
-    # appends compute, turning queries moves bytes: in turns they do so at the same time
-    period = (seq * HEADS + BLOCK_R - 1) // BLOCK_R // appends + 1
-    turn = pid // period
-    if (pid % period != 0) | (turn >= appends):
-        before = tl.minimum((pid + period - 1) // period, appends)
-        one = (pid - before).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-        query = one // HEADS
-        head = one % HEADS
-        asked = (query < seq)[:, None] & (c < K_HALF)[None, :]
+    # appends compute, turning queries moves bytes: evenly mixed, they do so at the same time
+    turn = tl.umulhi((2 * pid).to(tl.uint32), share.to(tl.uint32)).to(tl.int32)
+    if turn == tl.umulhi((2 * pid + 2).to(tl.uint32), share.to(tl.uint32)).to(tl.int32):
+        # heads of BLOCK_T tokens: of one token, all rows turn by the same angles
+        TILES: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+        number = pid - turn
+        one = tl.arange(0, BLOCK_T * BLOCK_H)
+        first_token = number // TILES * BLOCK_T
+        query = (first_token + one // BLOCK_H).to(tl.int64)
+        head = (number % TILES * BLOCK_H + one % BLOCK_H).to(tl.int64)
+        in_q = (query < seq) & (head < HEADS)
+        asked = in_q[:, None] & (c < K_HALF)[None, :]
+        angle = first_token + tl.arange(0, BLOCK_T * BLOCK_H if BLOCK_T > 1 else 1) // BLOCK_H
         q_cos0, q_sin0, q_cos1, q_sin1 = angles_of(
             cos_ptr + b * cos_stride_b, cos_stride_s, sin_ptr + b * sin_stride_b, sin_stride_s,
-            query, asked, c, K_HALF, FORM, ROTATED,
+            angle, (angle < seq)[:, None] & (c < K_HALF)[None, :], c, K_HALF, FORM, ROTATED, PTX,
         )  # fmt: skip
-        q_left, q_right = prepared(
+        q_left, q_right = turned(
             q_ptr + b * q_stride_b + (head * q_stride_h + query * q_stride_s)[:, None], c, asked,
-            q_weight_ptr, eps, q_cos0, q_sin0, q_cos1, q_sin1, K_HALF, FORM, ROTATED, NORMED,
-            OFFSET, ROUND_FIRST, KIND, ROUND_BF16,
+            q_weight_ptr, eps, q_cos0, q_sin0, q_cos1, q_sin1, K_HALF, FORM, ROTATED, NORMED, OFFSET,
+            ROUND_FIRST, KIND, EXACT, PTX, ROUND_BF16,
         )  # fmt: skip
         q_out = q_out_ptr + ((b * HEADS + head) * seq + query)[:, None] * K_DIM + c[None, :]
-        tl.store(q_out, q_left.to(KIND), mask=asked)
-        tl.store(q_out + K_HALF, q_right.to(KIND), mask=asked)
+        tl.store(q_out, q_left, mask=asked)
+        tl.store(q_out + K_HALF, q_right, mask=asked)
     else:
         h = (turn % KV_HEADS).to(tl.int64)
         start = tl.load(start_ptr + b * start_stride)
@@ -105,10 +129,11 @@ def kv_rotate_append(
             start, turn // KV_HEADS, seq, pages, SINGLE, BLOCK_J
         )
         page = tl.load(table_ptr + b * table_stride + block_page, mask=inside, other=0)
-        page_head = page.to(tl.int64) * KV_HEADS + h
-        k_page = k_pages_ptr + page_head * (2 * HALF * (K_DIM * BITS // 8))
-        v_page = v_pages_ptr + page_head * (V_DIM * 8 * BITS)
-        words = words_ptr + page_head * (4 * HALF)
+        # on their way while keys are quantized
+        v0, v1 = load_values(
+            v_ptr + b * v_stride_b + h * v_stride_h, v_stride_s, token, inside, seq, V_DIM,
+            BLOCK_J, BLOCK_V,
+        )  # fmt: skip
 
         # keys of both halves at once: row r is slot r % BLOCK_J of half r // BLOCK_J
         r = tl.arange(0, 2 * BLOCK_J)
@@ -116,35 +141,83 @@ def kv_rotate_append(
         # keys are prepared for tokens past the table, too: attention reads them
         given = (token + row >= 0) & (token + row < seq)
         live = given[:, None] & (c < K_HALF)[None, :]
-        place = (token + row).to(tl.int64)
         cos0, sin0, cos1, sin1 = angles_of(
             cos_ptr + b * cos_stride_b, cos_stride_s, sin_ptr + b * sin_stride_b, sin_stride_s,
-            place, live, c, K_HALF, FORM, ROTATED,
+            token + row, live, c, K_HALF, FORM, ROTATED, PTX,
         )  # fmt: skip
-        left, right = prepared(
+        place = (token + row).to(tl.int64)
+        left, right = turned(
             k_ptr + b * k_stride_b + h * k_stride_h + place[:, None] * k_stride_s, c, live,
             k_weight_ptr, eps, cos0, sin0, cos1, sin1, K_HALF, FORM, ROTATED, NORMED, OFFSET,
-            ROUND_FIRST, KIND, ROUND_BF16,
+            ROUND_FIRST, KIND, EXACT, PTX, ROUND_BF16,
         )  # fmt: skip
         k_out = k_out_ptr + ((b * KV_HEADS + h) * seq + place)[:, None] * K_DIM + c[None, :]
-        tl.store(k_out, left.to(KIND), mask=live)
-        tl.store(k_out + K_HALF, right.to(KIND), mask=live)
-        new = given & inside
-        put_keys(
-            left, right, new[:, None] & (c < K_HALF)[None, :], new, k_page, words, first + row, c,
-            K_HALF, BITS,
-        )  # fmt: skip
-        v_base = v_ptr + b * v_stride_b + h * v_stride_h
+        tl.store(k_out, left, mask=live)
+        tl.store(k_out + K_HALF, right, mask=live)
+        page_head = page.to(tl.int64) * KV_HEADS + h
+        k_page = k_pages_ptr + page_head * (2 * HALF * (K_DIM * BITS // 8))
+        v_page = v_pages_ptr + page_head * (V_DIM * 8 * BITS)
+        words = words_ptr + page_head * (4 * HALF)
+        put_turned_keys(
+            left, right, given & inside, k_page, words, first + row, c, K_HALF, BITS, PTX
+        )
         put_values(
-            v_base, v_stride_s, first, token, inside, whole, seq, v_page, words, V_DIM, BITS,
-            BLOCK_J, BLOCK_V,
+            v0, v1, first, token, inside, whole, seq, v_page, words, V_DIM, BITS, BLOCK_J,
+            BLOCK_V, PTX,
         )  # fmt: skip
 
 
 @triton.jit
-def append_programs(seq, KV_HEADS: tl.constexpr, SINGLE: tl.constexpr, BLOCK_J: tl.constexpr):
-    """How many programs append; a chunk that may start anywhere in a page touches most pages."""
-    return KV_HEADS if SINGLE else (seq + 126) // 64 * (32 // BLOCK_J) * KV_HEADS
+def put_turned_keys(
+    left, right, new, k_page, words, slot, c, K_HALF: tl.constexpr, BITS: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """Quantize keys, halves [T, BLOCK_K] of their channels, into `slot` [T] of a page."""
+    TOP: tl.constexpr = 15.0 if BITS == 4 else 255.0
+    left = widened(left, PTX)
+    right = widened(right, PTX)
+    in_c = (c < K_HALF)[None, :]
+    low, high, broken = extent_of(nan_min(left, right), nan_max(left, right), in_c, PTX)
+    low, inverse, word = grid_of(low, high, broken, TOP)
+    target = k_page + slot[:, None] * (2 * K_HALF * BITS // 8) + c[None, :]
+    live = new[:, None] & in_c
+    if BITS == 4:
+        tl.store(target, two_codes(left, right, low, inverse, low, inverse), mask=live)
+    else:
+        tl.store(target, codes_of(left, low, inverse, TOP).to(tl.uint8), mask=live)
+        tl.store(target + K_HALF, codes_of(right, low, inverse, TOP).to(tl.uint8), mask=live)
+    tl.store(words + slot, word, mask=new)
+
+
+@triton.jit
+def turned(
+    rows, c, live, weight_ptr, eps, cos0, sin0, cos1, sin1,
+    K_HALF: tl.constexpr,
+    FORM: tl.constexpr,
+    ROTATED: tl.constexpr,
+    NORMED: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND_FIRST: tl.constexpr,
+    KIND: tl.constexpr,
+    EXACT: tl.constexpr,
+    PTX: tl.constexpr,
+    ROUND_BF16: tl.constexpr,
+):  # fmt: skip
+    """`prepared` of pieces_rotary.py in KIND, in fewer instructions where whole halves turn."""
+    if FORM == HALVES and ROTATED == 2 * K_HALF and not NORMED and EXACT:
+        x0 = widened(tl.load(rows + c[None, :], mask=live, other=0.0), PTX)
+        x1 = widened(tl.load(rows + K_HALF + c[None, :], mask=live, other=0.0), PTX)
+        # a fused sum is the same where the product is exact
+        y0 = tl.fma(x1, -sin0, x0 * cos0)
+        y1 = tl.fma(x0, sin1, x1 * cos1)
+        y0 = rounded(y0, KIND, ROUND_BF16)
+        y1 = rounded(y1, KIND, ROUND_BF16)
+    else:
+        y0, y1 = prepared(
+            rows, c, live, weight_ptr, eps, cos0, sin0, cos1, sin1, K_HALF, FORM, ROTATED, NORMED,
+            OFFSET, ROUND_FIRST, KIND, ROUND_BF16,
+        )  # fmt: skip
+    return y0.to(KIND), y1.to(KIND)
 
 
 @triton.jit
@@ -153,16 +226,17 @@ def angles_of(
     K_HALF: tl.constexpr,
     FORM: tl.constexpr,
     ROTATED: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """Cosines and sines of channels c and c + K_HALF, fp32 [T, C]; 1 and 0 for those that stay."""
     cos0, sin0, cos1, sin1 = 0.0, 0.0, 0.0, 0.0
     if FORM != NO_ROTARY:
-        cos += token[:, None] * cos_stride_s + c[None, :]
-        sin += token[:, None] * sin_stride_s + c[None, :]
+        cos += token.to(tl.int64)[:, None] * cos_stride_s + c[None, :]
+        sin += token.to(tl.int64)[:, None] * sin_stride_s + c[None, :]
         turns0 = live & (c < ROTATED)[None, :]
         turns1 = live & (c + K_HALF < ROTATED)[None, :]
-        cos0 = tl.load(cos, mask=turns0, other=1.0).to(tl.float32)
-        sin0 = tl.load(sin, mask=turns0, other=0.0).to(tl.float32)
-        cos1 = tl.load(cos + K_HALF, mask=turns1, other=1.0).to(tl.float32)
-        sin1 = tl.load(sin + K_HALF, mask=turns1, other=0.0).to(tl.float32)
+        cos0 = widened(tl.load(cos, mask=turns0, other=1.0), PTX)
+        sin0 = widened(tl.load(sin, mask=turns0, other=0.0), PTX)
+        cos1 = widened(tl.load(cos + K_HALF, mask=turns1, other=1.0), PTX)
+        sin1 = widened(tl.load(sin + K_HALF, mask=turns1, other=0.0), PTX)
     return cos0, sin0, cos1, sin1

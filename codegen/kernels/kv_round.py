@@ -16,8 +16,8 @@ import triton.language as tl
 
 from qoqc.codegen.family import Family, Launch, Tile, Trial
 from qoqc.codegen.kernels.attention import unit_stride
-from qoqc.codegen.kernels.kv_append import codes_of, extent, grid_of
 from qoqc.codegen.kernels.pieces import INTERPRETED_DEVICE, rounded
+from qoqc.codegen.kernels.pieces_codes import codes_of, extent, grid_of
 from qoqc.ir.spec import OUTPUT_DTYPES
 from qoqc.quant.pack import ceil_div
 from qoqc.runtime.device import DeviceKey

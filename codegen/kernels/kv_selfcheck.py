@@ -132,8 +132,9 @@ def main():"""
             *got, table.int().to(device), 3, start.to(device), 1, *outputs, 1e-6, seq, 3,
         )
         blocks = 1 if TILE["SINGLE"] else -(-(seq + 63) // 64) * (32 // TILE["BLOCK_J"])
-
-        programs = blocks * kv_heads + -(-seq * heads // TILE["BLOCK_R"])
+        turns = -(-seq // TILE["BLOCK_T"]) * -(-heads // TILE["BLOCK_H"])
+        programs = blocks * kv_heads + turns
+        arguments += (-(-(blocks * kv_heads << 31) // programs),)
 
         def run():
             kv_rotate_append[(programs, batch)](*arguments, **options)

@@ -90,14 +90,16 @@ def launch(kernel: Launch, call: Append) -> tuple[torch.Tensor, torch.Tensor]:
     for x in (call.cos, call.sin):
         x = q if x is None else unit_stride(x)
         angles += [x, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1)]
+    appends = blocks * kv_heads
+    turns = ceil_div(seq, kernel.tile["BLOCK_T"]) * ceil_div(heads, kernel.tile["BLOCK_H"])
     kernel(
-        (blocks * kv_heads + ceil_div(seq * heads, kernel.tile["BLOCK_R"]), batch),
+        (appends + turns, batch),
         q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
         q if call.q_weight is None else call.q_weight,
         q if call.k_weight is None else call.k_weight,
         *angles, call.k_pages, call.v_pages, call.kv_words,
         call.block_table, call.block_table.stride(0), call.start, call.start.stride(0),
-        q_out, k_out, call.eps, seq, call.block_table.shape[1],
+        q_out, k_out, call.eps, seq, call.block_table.shape[1], ceil_div(appends << 31, appends + turns),
     )  # fmt: skip
     return q_out, k_out
 
@@ -192,39 +194,48 @@ def bind(spec: RotateSpec, tile: Tile) -> dict[str, Any]:
         "KIND": KINDS[spec.dtype],
         # the interpreter cuts bits off instead of rounding
         "ROUND_BF16": spec.dtype is torch.bfloat16 and not tile["PTX"],
-        "SINGLE": tile["SINGLE"],
-        "BLOCK_J": tile["BLOCK_J"],
-        "BLOCK_R": tile["BLOCK_R"],
+        **dict(tile.constexprs),
         "BLOCK_K": triton.next_power_of_2(spec.kv.k_dim // 2),
         "BLOCK_V": triton.next_power_of_2(spec.kv.v_dim),
     }
 
 
-def _tile(device: DeviceKey, single: int, block_j: int, block_r: int, num_warps: int) -> Tile:
+def _tile(
+    spec: RotateSpec, device: DeviceKey, single: int, block_j: int, rows: int, num_warps: int
+) -> Tile:
+    """`rows` queries of a program: heads of one token, of a few tokens if these have few heads."""
+    padded = {width: ceil_div(spec.heads, width) * width for width in (32, 16) if width <= rows}
+    # at most a quarter of the rows are none
+    block_h = next((w for w, heads in padded.items() if 3 * heads <= 4 * spec.heads), 0)
+    block_t = 1
+    if not block_h:
+        block_h = min(rows, 8, triton.next_power_of_2(spec.heads))
+        block_t = 1 if single else rows // block_h
     values = {
-        "PTX": has_ptx(device), "SINGLE": single, "BLOCK_J": block_j, "BLOCK_R": block_r
+        "PTX": has_ptx(device), "SINGLE": single, "BLOCK_J": block_j,
+        "BLOCK_T": block_t, "BLOCK_H": block_h,
     }  # fmt: skip
     return Tile(tuple(values.items()), num_warps=num_warps, num_stages=1)
 
 
 def heuristic(spec: RotateSpec, size: int, device: DeviceKey) -> Tile:
-    """One slot for one token; else 2 x 8 tokens, and queries of 16 rows for each of 2 warps.
+    """One slot for one token; else 2 x 8 tokens, and queries of 32 rows.
 
     A register of keys and angles each for every channel: more warps for wide or fp32 heads.
     """
     if size == 1:
-        return _tile(device, 1, 1, 4, 1)
+        return _tile(spec, device, 1, 1, 4, 1)
     wide = triton.next_power_of_2(max(spec.kv.k_dim, spec.kv.v_dim)) > 128
     slow = wide or spec.dtype is torch.float32
-    return _tile(device, 0, 8, 16, 8 if slow else 4)
+    return _tile(spec, device, 0, 8, 32, 8 if slow else 4)
 
 
 def candidates(spec: RotateSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
     """Tiles worth timing for `size` new tokens per sequence."""
     if size == 1:
-        return [_tile(device, 1, 1, 4, warps) for warps in (1, 2, 4)]
-    pairs = ((4, 8, 2), (8, 8, 2), (8, 16, 4), (8, 32, 4), (16, 32, 8), (32, 32, 8))
-    return [_tile(device, 0, *pair) for pair in pairs]
+        return [_tile(spec, device, 1, 1, 4, warps) for warps in (1, 2, 4)]
+    sizes = ((4, 16, 2), (4, 32, 2), (8, 16, 4), (8, 32, 4), (16, 32, 8), (16, 32, 4), (32, 32, 8))
+    return list(dict.fromkeys(_tile(spec, device, 0, *size) for size in sizes))
 
 
 def random_call(

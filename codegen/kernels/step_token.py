@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qoqc.codegen.kernels.kv_append import codes_of, extent, grid_of
+from qoqc.codegen.kernels.pieces_codes import codes_of, extent, grid_of
 from qoqc.codegen.kernels.pieces_kv import TINY, TINY_STEP, octave_of, power_of_two
 from qoqc.codegen.kernels.pieces_rotary import NO_ROTARY
 
