@@ -256,5 +256,11 @@ def attend(
         # what comes next into that buffer must not overtake
         gl.thread_barrier()
         b, h, first_row, length, whole, used, overflow = (
-            b2, h2, first_row2, length2, whole2, used2, overflow2
+            b2,
+            h2,
+            first_row2,
+            length2,
+            whole2,
+            used2,
+            overflow2,
         )

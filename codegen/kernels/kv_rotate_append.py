@@ -116,8 +116,8 @@ def kv_rotate_append(
         )  # fmt: skip
         q_left, q_right = turned(
             q_ptr + b * q_stride_b + (head * q_stride_h + query * q_stride_s)[:, None], c, asked,
-            q_weight_ptr, eps, q_cos0, q_sin0, q_cos1, q_sin1, K_HALF, FORM, ROTATED, NORMED, OFFSET,
-            ROUND_FIRST, KIND, EXACT, PTX, ROUND_BF16,
+            q_weight_ptr, eps, q_cos0, q_sin0, q_cos1, q_sin1, K_HALF, FORM, ROTATED, NORMED,
+            OFFSET, ROUND_FIRST, KIND, EXACT, PTX, ROUND_BF16,
         )  # fmt: skip
         q_out = q_out_ptr + ((b * HEADS + head) * seq + query)[:, None] * K_DIM + c[None, :]
         tl.store(q_out, q_left, mask=asked)

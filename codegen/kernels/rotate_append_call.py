@@ -99,9 +99,17 @@ def launch(kernel: Launch, call: Append) -> tuple[torch.Tensor, torch.Tensor]:
         q if call.k_weight is None else call.k_weight,
         *angles, call.k_pages, call.v_pages, call.kv_words,
         call.block_table, call.block_table.stride(0), call.start, call.start.stride(0),
-        q_out, k_out, call.eps, seq, call.block_table.shape[1], ceil_div(appends << 31, appends + turns),
+        q_out, k_out, call.eps, seq, call.block_table.shape[1], share_of(appends, turns),
     )  # fmt: skip
     return q_out, k_out
+
+
+def share_of(appends: int, turns: int) -> int:
+    """The part of the programs that append, beside `turns` others, times 2**31 and rounded up.
+
+    In front of program p stand `p * share >> 31` that append: all of them in front of the last + 1.
+    """
+    return ceil_div(appends << 31, appends + turns)
 
 
 def spec_of(call: Append) -> RotateSpec:

@@ -8,6 +8,7 @@ then those of the key that the kernel returns.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from qoqc.codegen.kernels.rotate_append_call import (
     candidates,
     launch,
     random_call,
+    share_of,
 )
 from qoqc.ir import kv_reference
 from qoqc.ir.spec import PAGE, KVSpec
@@ -164,6 +166,26 @@ def test_groups_and_dtypes(
     check(case(spec, [61], 5), spec, device)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(7, 1), (12, 2), (16, 2), (20, 4), (40, 1)])
+@pytest.mark.parametrize("form", ["half", "interleaved"])
+def test_heads_of_one_token_and_of_a_few(
+    heads: int, kv_heads: int, form: str, device: torch.device
+) -> None:
+    spec = dataclasses.replace(SPEC, heads=heads, kv=KVSpec(kv_heads, 16, 16), form=form)
+    check(case(spec, [61, 3], 5, layout="merged"), spec, device)
+
+
+@pytest.mark.parametrize(("appends", "turns"), [(1, 1), (8, 3), (544, 1024), (3, 70001), (4096, 7)])
+def test_programs_that_append_are_evenly_mixed_with_the_others(appends: int, turns: int) -> None:
+    share, total = share_of(appends, turns), appends + turns
+    before = [2 * pid * share >> 32 for pid in range(total + 1)]
+    assert before[0] == 0 and before[total] == appends
+    assert all(later - earlier in (0, 1) for earlier, later in itertools.pairwise(before))
+    assert all(abs(n - pid * appends / total) <= 1 for pid, n in enumerate(before))
+    # of the largest grid, too, not one is left out or taken twice
+    assert (2**31 - 1) * share_of(appends, 2**31 - 1 - appends) >> 31 == appends
+
+
 def test_angles_of_another_dtype(device: torch.device) -> None:
     """OLMo 2 keeps its cosines in fp32."""
     call = case(SPEC, [61], 5)
@@ -183,6 +205,23 @@ def test_special_vectors(device: torch.device) -> None:
         x[:, :, 4] = torch.arange(16.0)
     call.v[:, :, 5, 3] = torch.inf
     check(call, spec, device)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_a_nan_stays_in_its_vector(dtype: torch.dtype, device: torch.device) -> None:
+    spec = dataclasses.replace(SPEC, heads=4, kv=KVSpec(2, 16, 16), dtype=dtype)
+    call = case(spec, [30], 40)
+    for x in (call.k, call.v):
+        x[0, 1, 3, 15] = torch.nan
+        x[0, 0, 34, 0] = -torch.nan
+    given, wanted = on(call, device), on(call, CPU)
+    dispatch.kv4_rotate_append(*arguments(given))
+    kv_reference.kv_rotate_append(*arguments(wanted))
+    for name in ("k_pages", "v_pages"):
+        assert torch.equal(getattr(given, name).cpu(), getattr(wanted, name)), name
+    for x, y in zip(split_words(given.kv_words.cpu()), split_words(wanted.kv_words), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+        assert int(torch.isnan(x).sum()) >= 4
 
 
 def test_tokens_past_the_table_are_prepared_and_not_written(device: torch.device) -> None:
