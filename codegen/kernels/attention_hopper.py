@@ -43,7 +43,11 @@ def fetch(
     work, rows, desc, ring, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr,
     TOKENS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: tiles of tokens that some row of an item sees, from the last."""
+    """The producer warp: tiles of tokens that some row of an item sees, from the last.
+
+    It alone waits for the unpacking: nobody else reads what that writes.
+    """
+    gdc_wait()
     length_ptr, length_stride, capacity, heads, seq, pairs, items = work
     k_buffers, v_buffers, k_full, k_empty, v_full, v_empty = ring
     stage = 0
@@ -117,7 +121,6 @@ def attention_hopper_kernel(
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
-    gdc_wait()
 
     work = (length_ptr, length_stride, capacity, heads, seq, pairs, items)
     queries = (q_ptr, q_stride_b, q_stride_h, q_stride_s)
@@ -229,7 +232,7 @@ def heuristic(spec: AttentionSpec, size: int, device: DeviceKey) -> Tile:
 
 def candidates(spec: AttentionSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
     """Tokens of a tile and stages."""
-    return (_tile(128, 2), _tile(64, 4))
+    return (_tile(128, 2), _tile(128, 3), _tile(64, 4))
 
 
 def trial(spec: AttentionSpec, size: int, device: torch.device) -> Trial:
