@@ -232,7 +232,7 @@ def heuristic(spec: AttentionSpec, size: int, device: DeviceKey) -> Tile:
 
 def candidates(spec: AttentionSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
     """Tokens of a tile and stages."""
-    return (_tile(128, 2), _tile(128, 3), _tile(64, 4))
+    return (_tile(128, 2), _tile(64, 4))
 
 
 def trial(spec: AttentionSpec, size: int, device: torch.device) -> Trial:

@@ -4,9 +4,9 @@ q [B, Hq, S, Dk], k [B, H, S, Dk], v [B, H, S, Dv], cos, sin [B or 1, S, R] -> q
 reads them, and the pages of kv_append.py at positions start[b] + 0..S-1. Twin: ir/kv_reference.py
 kv_rotate_append, bit for bit without a head norm.
 
-Some programs own the slots of kv_append.py in one KV head each; the others turn BLOCK_R queries
-each. Tokens and heads are dealt out in the order of a projection's output, which is what
-q, k and v are views of. All loads of the queries of a program are under way at once.
+Some programs own the slots of kv_append.py in one KV head each; the others turn the queries of
+BLOCK_H heads of BLOCK_T tokens. Tokens and heads are dealt out in the order of a projection's
+output, which is what q, k and v are views of. All loads of a program are under way at once.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def kv_rotate_append(
     EXACT: tl.constexpr = (
         KIND.primitive_bitwidth == 16 and cos_ptr.dtype.element_ty.primitive_bitwidth == 16
     )
-    b = tl.program_id(1).to(tl.int64)
+    # the first sequences last: attention begins with them, and finds them in L2
+    b = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
     pid = tl.program_id(0)
     c = tl.arange(0, BLOCK_K)
     # appends compute, turning queries moves bytes: evenly mixed, they do so at the same time
