@@ -45,7 +45,7 @@ def fetch(
 ):  # fmt: skip
     """The producer warp: tiles of tokens that some row of an item sees, from the last.
 
-    It alone waits for the unpacking: nobody else reads what that writes.
+    It alone waits for the unpacking: what the others read was there before that began.
     """
     gdc_wait()
     length_ptr, length_stride, capacity, heads, seq, pairs, items = work

@@ -213,11 +213,11 @@ def attend(
         # the next item's queries are on their way while this one is finished
         item += step
         step = 2 * gl.num_programs(0) - step
-        b2, h2, first_row2, length2, whole2, used2, overflow2 = item_of(
+        next_b, next_h, next_first_row, next_length, next_whole, next_used, next_overflow = item_of(
             gl.minimum(item, items - 1), work, GROUP, CAUSAL, TOKENS
         )  # fmt: skip
-        first_row2 += INDEX * 64
-        asked = load_queries(queries, b2, h2, first_row2, seq, DIM, GROUP, Q)
+        next_first_row += INDEX * 64
+        asked = load_queries(queries, next_b, next_h, next_first_row, seq, DIM, GROUP, Q)
         if used > 0:
             weights = gl.convert_layout(p.to(gl.float16), gl.DotOperandLayout(0, MMA_O, 2))
             acc = warpgroup_mma(weights, v_buffers.index(stage), acc, is_async=True)
@@ -256,11 +256,11 @@ def attend(
         # what comes next into that buffer must not overtake
         gl.thread_barrier()
         b, h, first_row, length, whole, used, overflow = (
-            b2,
-            h2,
-            first_row2,
-            length2,
-            whole2,
-            used2,
-            overflow2,
+            next_b,
+            next_h,
+            next_first_row,
+            next_length,
+            next_whole,
+            next_used,
+            next_overflow,
         )
