@@ -35,19 +35,21 @@ class Buffers:
     def begin(
         self,
         ids: torch.Tensor,
-        position: torch.Tensor,
+        position: torch.Tensor | None,
         mask: torch.Tensor | None,
         ignored: torch.Tensor | int,
     ) -> None:
         """Start a generation after the prompts `ids` [batch, L].
 
-        position  of their last tokens, [batch or 1, 1]
+        position  of the next tokens, [batch or 1, 1]; None if the model takes none
         mask      [batch, tokens in the cache] or None, 0 where they are padding
         ignored   leading tokens that a repetition penalty does not count: int, or [batch]
         """
         length = ids.shape[1]
         self.ids[:, :length] = ids
-        self.position.copy_(position.expand_as(self.position))
+        if position is not None:
+            # of the last tokens: the first that is chosen counts it up
+            self.position.copy_((position - 1).expand_as(self.position))
         self.place.fill_(length)
         self.ignored[:, 0] = ignored
         self.mask.fill_(1)

@@ -105,8 +105,6 @@ class CacheProvider:
             length,
             self._options.kv_layers or self._options.kv_bits,
             self._options.prefill_kv,
-            # it makes its own masks for generate(), maybe of the cache's full length
-            whole_prefill=hasattr(model, "create_masks_for_generate"),
         )
         # it outlives this generation, and the next may not run in inference mode
         with torch.inference_mode(False):

@@ -13,7 +13,8 @@ import torch
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from qoqc.decode.choose import Chooser
-from qoqc.decode.request import Request, refusal
+from qoqc.decode.inputs import StepInputs, step_inputs
+from qoqc.decode.request import TOKEN_TYPES, Request, refusal
 from qoqc.decode.select import ignored_prefix
 from qoqc.decode.slices import prefill
 from qoqc.decode.steps import Steps
@@ -71,10 +72,10 @@ def _with_loop(kind: Any) -> Any:
             streamer,
             model_kwargs,
         )
-        reason = refusal(request, synced_gpus)
-        if reason is None:
-            return generate(request, self.qoqc_steps)
-        log.info("transformers' own loop generates: %s", reason)
+        inputs = refusal(request, synced_gpus) or step_inputs(request)
+        if isinstance(inputs, StepInputs):
+            return generate(request, inputs, self.qoqc_steps)
+        log.info("transformers' own loop generates: %s", inputs)
         return kind._sample(
             self,
             input_ids,
@@ -109,15 +110,16 @@ def _with_loop(kind: Any) -> Any:
     return type(kind.__name__, (kind,), members)
 
 
-def generate(request: Request, steps: Steps) -> Any:
+def generate(request: Request, inputs: StepInputs, steps: Steps) -> Any:
     """Serve a request that `refusal` lets pass; the result is GenerationMixin._sample's.
+
+    inputs  what `step_inputs` found
 
     Raises CacheFull when a cache that the caller gave holds fewer tokens than are generated.
     """
     model, cache = request.model, request.cache
-    fresh, kwargs = cache.layers[0].empty, _without_idle_mask(request)
-    position, mask = kwargs["position_ids"], kwargs.get("attention_mask")
-    arguments = {"logits_to_keep": 1} if kwargs.get("logits_to_keep") == 1 else {}
+    fresh, kwargs = cache.layers[0].empty, _without_idle_mask(request, inputs)
+    mask = request.kwargs["attention_mask"] if inputs.padded else None
     length, cached = request.input_ids.shape[1], request.input_ids.shape[1]
     capacity = cache.get_max_length()
     _require_room(length, capacity)
@@ -127,7 +129,7 @@ def generate(request: Request, steps: Steps) -> Any:
         _require_room(cached, capacity)
     own = steps.of(model, cache)
     ignored = ignored_prefix(request.processors)
-    own.buffers.begin(request.input_ids, position[:, -1:], mask, ignored)
+    own.buffers.begin(request.input_ids, inputs.position, mask, ignored)
     chooser = Chooser(request, own)
     watch = Watch(own.buffers, request.streamer, lag=1 if request.may_overshoot else 0)
     with model._optimize_model_for_decode():
@@ -135,7 +137,7 @@ def generate(request: Request, steps: Steps) -> Any:
         length += 1
         while not watch.step_done(length) and length != request.max_length:
             _require_room(cached + 1, capacity)
-            logits = own.forward(masked=mask is not None, arguments=arguments)
+            logits = own.forward(inputs)
             chooser.choose(logits, length)
             length, cached = length + 1, cached + 1
     final = watch.all_done(length)
@@ -144,16 +146,15 @@ def generate(request: Request, steps: Steps) -> Any:
     return _result(request, tokens, chooser, final - request.input_ids.shape[1])
 
 
-def _without_idle_mask(request: Request) -> dict[str, Any]:
+def _without_idle_mask(request: Request, inputs: StepInputs) -> dict[str, Any]:
     """The model's arguments, without a mask that hides nothing.
 
     Attention is causal then and needs none, which more kernels can do. Some releases of
     transformers leave it out by themselves. Where a cache goes on, its length tells them how much
-    of the prompt is new.
+    of the prompt is new; and models may look at it for what else they are given, images.
     """
-    mask = request.kwargs.get("attention_mask")
     whole = request.config.prefill_chunk_size is None and request.cache.layers[0].empty
-    if whole and mask is not None and mask.dim() == 2 and bool(mask.all()):
+    if whole and not inputs.padded and request.others <= TOKEN_TYPES:
         return {**request.kwargs, "attention_mask": None}
     return request.kwargs
 

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -25,6 +24,9 @@ FORWARDED = frozenset(
 )
 """Arguments of the model's forward that the loop knows how to carry from step to step."""
 
+TOKEN_TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})
+"""Arguments that say of which kind each token is, text or a part of an image for instance."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -42,6 +44,12 @@ class Request:
     def cache(self) -> Any:
         """The cache generate() chose or was given."""
         return self.kwargs.get("past_key_values")
+
+    @property
+    def others(self) -> frozenset[str]:
+        """The arguments of the model's forward that are none of FORWARDED."""
+        given = {k for k, v in self.kwargs.items() if v is not None and v is not False}
+        return frozenset(given - FORWARDED)
 
     @property
     def wants_scores(self) -> bool:
@@ -79,9 +87,8 @@ class Request:
 
 
 def refusal(request: Request, synced_gpus: bool) -> str | None:
-    """Why transformers' own loop must serve the request, or None."""
+    """Why transformers' own loop must serve the request, whatever its steps are given; or None."""
     model, config = request.model, request.config
-    kind = type(model)
     if not isinstance(request.cache, KV4Cache):
         return "the cache is not a KV4Cache"
     if synced_gpus:
@@ -92,13 +99,6 @@ def refusal(request: Request, synced_gpus: bool) -> str | None:
         return "it generates without a cache, or drafts for another model"
     if request.input_ids.shape[1] == 0 or request.input_ids.device != model.device:
         return "the prompt is not given as tokens on the model's device"
-    own = kind.prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
-    if own or model.is_remote_code() or hasattr(model, "create_masks_for_generate"):
-        return f"{kind.__name__} prepares the inputs of a step by itself"
-    position = request.kwargs.get("position_ids")
-    if not isinstance(position, torch.Tensor) or position.dim() != 2:
-        return f"{kind.__name__} takes no position of each token"
-    others = {k for k, v in request.kwargs.items() if v is not None and v is not False}
-    if others - FORWARDED:
-        return f"an argument that changes from step to step: {', '.join(others - FORWARDED)}"
+    if model.is_remote_code():
+        return f"{type(model).__name__} is code from outside of transformers"
     return None

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qoqc.decode.request import Request
+from qoqc.decode.request import TOKEN_TYPES, Request
 from qoqc.runtime.kv_cache import KV4Cache
 
 TOKENS = 1 << 16
@@ -35,13 +35,14 @@ def prefill(request: Request, kwargs: dict[str, Any]) -> torch.Tensor:
 def cut(request: Request, kwargs: dict[str, Any]) -> list[tuple[torch.Tensor, dict[str, Any]]]:
     """(input_ids, kwargs) of each slice; of all at once where that is small, or asked for.
 
-    Sequences of a cache that goes on, and those whose prompts transformers is to cut into chunks,
-    stay together.
+    Sequences of a cache that goes on, those whose prompts transformers is to cut into chunks, and
+    those that come with more than tokens (nothing says whose images are whose) stay together.
     """
     ids, cache = request.input_ids, request.cache
     batch, length = ids.shape
     rows = rows_of(length)
     whole = not cache.layers[0].empty or request.config.prefill_chunk_size is not None
+    whole = whole or not request.others <= TOKEN_TYPES
     # no slice of one sequence: there is another graph for it
     starts = [] if whole else list(range(0, batch - 1, rows))
     if len(starts) < 2:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qoqc.decode.buffers import Buffers
+from qoqc.decode.inputs import StepInputs
 from qoqc.decode.replay import Pool, Replayed
 from qoqc.decode.select import Selection
 from qoqc.runtime.kv_cache import KV4Cache
@@ -35,15 +36,12 @@ class CacheSteps:
         self._selections: dict[Hashable, Replayed] = {}
         self._fixed: set[int] = set()
 
-    def forward(self, *, masked: bool, arguments: dict[str, Any]) -> torch.Tensor:
-        """Logits [batch, vocabulary] after Buffers.token; appends it to the cache.
-
-        masked     the prompt has padding
-        arguments  further ones of the model's forward, plain values
-        """
-        key = (masked, *sorted(arguments.items()))
+    def forward(self, inputs: StepInputs) -> torch.Tensor:
+        """Logits [batch, vocabulary] after Buffers.token; appends it to the cache."""
+        positions = inputs.position is not None
+        key = (inputs.padded, positions, *sorted(inputs.arguments.items()))
         if key not in self._forwards:
-            run = partial(self._run, masked, arguments)
+            run = partial(self._run, inputs.padded, positions, inputs.arguments)
             self._forwards[key] = Replayed("the forward of a decode step", run, self._pool)
         forward = self._forwards[key]
         logits: torch.Tensor = forward()
@@ -65,13 +63,14 @@ class CacheSteps:
             self._selections[key] = Replayed("the choice of tokens", run, self._pool)
         self._selections[key]()
 
-    def _run(self, masked: bool, arguments: dict[str, Any]) -> torch.Tensor:
+    def _run(self, padded: bool, positions: bool, arguments: dict[str, Any]) -> torch.Tensor:
         model, cache = self._model(), self._cache()
         assert model is not None and cache is not None
+        if positions:
+            arguments = {**arguments, "position_ids": self.buffers.position}
         outputs = model(
             input_ids=self.buffers.token,
-            position_ids=self.buffers.position,
-            attention_mask=self.buffers.mask if masked else None,
+            attention_mask=self.buffers.mask if padded else None,
             past_key_values=cache,
             use_cache=True,
             return_dict=True,

@@ -27,7 +27,7 @@ NAMES = frozenset({"name_or_path", "_name_or_path", "generation_config", "_origi
 
 OWN = frozenset(vars(torch.nn.Module()).keys() | {"_compiled_call_impl"})
 """What torch keeps in every module: looked at by itself, or hooks, or of state_dict only."""
-LAYER = ("bits", "prefill_kv", "whole_prefill", "empty")
+LAYER = ("bits", "prefill_kv", "empty")
 POOLS = ("k_pages", "v_pages", "kv_words", "block_table", "length")
 MOVING_ROPE = frozenset({"dynamic", "longrope"})
 """Rotary embeddings that write their frequencies while the model runs."""

@@ -25,8 +25,6 @@ class KV4Cache(Cache):
     max_cache_len  tokens per sequence, rounded up to whole pages of 64
     bits           4 or 8, or for each layer one of 4, 8, and 16 (kept as they are)
     prefill_kv     what the tokens of a prefill chunk attend to among themselves, see Options
-    whole_prefill  give the first chunk back in the full length of the cache, as later ones: for
-                   models that make their own masks of that length (BLOOM)
     """
 
     def __init__(
@@ -35,7 +33,6 @@ class KV4Cache(Cache):
         max_cache_len: int,
         bits: Literal[4, 8, 16] | Sequence[Literal[4, 8, 16]] = 4,
         prefill_kv: Literal["exact", "quantized"] = "exact",
-        whole_prefill: bool = False,
     ) -> None:
         count = config.get_text_config(decoder=True).num_hidden_layers
         per_layer = [bits] * count if isinstance(bits, int) else list(bits)
@@ -47,12 +44,16 @@ class KV4Cache(Cache):
             raise ValueError(f"max_cache_len={max_cache_len}: expected at least 1 token")
         super().__init__(
             layers=[
-                KV16Layer(max_cache_len, whole_prefill)
-                if b == 16
-                else KV4Layer(max_cache_len, b, prefill_kv, whole_prefill)
+                KV16Layer(max_cache_len) if b == 16 else KV4Layer(max_cache_len, b, prefill_kv)
                 for b in per_layer
             ]
         )
+
+    @property
+    def is_initialized(self) -> bool:
+        """Does it hold tokens? Models ask whether a prompt is the first (PaliGemma's has a prefix
+        that sees all of itself)."""
+        return not self.layers[0].empty
 
     def allocate(
         self,
@@ -83,6 +84,16 @@ class KV4Cache(Cache):
         part = copy.copy(self)
         part.layers = [layer.rows(first, last) for layer in self.layers]
         return part
+
+    def holding(self, tokens: int, device: torch.device) -> KV4Cache:
+        """The same as if each sequence had so many tokens, to be asked about lengths and masks.
+
+        Its keys and values are those of this cache: nothing may be appended. What is not allocated
+        yet is so for one sequence, on `device`.
+        """
+        other = copy.copy(self)
+        other.layers = [layer.holding(tokens, device) for layer in self.layers]
+        return other
 
     def rewind(self, tokens: int) -> None:
         """Forget the last `tokens` tokens of every sequence."""

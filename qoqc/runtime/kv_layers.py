@@ -22,7 +22,6 @@ class KV4Layer(CacheLayerMixin):
     pages pages; block_table int32 [B, pages]; length int64 [B].
     """
 
-    is_compileable = True
     is_sliding = False
 
     def __init__(
@@ -30,16 +29,20 @@ class KV4Layer(CacheLayerMixin):
         max_cache_len: int,
         bits: Literal[4, 8],
         prefill_kv: Literal["exact", "quantized"],
-        whole_prefill: bool = False,
     ) -> None:
         super().__init__()
-        self.whole_prefill = whole_prefill
         self.pages_per_sequence = -(-max_cache_len // PAGE)
         # as text: an int that differs between two models of a process Dynamo takes for a variable
         self._bits = str(bits)
         self.prefill_kv = prefill_kv
         # a Python flag, so that Dynamo makes one graph for the first prefill and one for the rest
         self.empty = True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Is generate() to make the masks? Those of a first prompt the forward makes, in its graph,
+        as it does for transformers' own growing cache."""
+        return not self.empty
 
     @property
     def max_cache_len(self) -> int:
@@ -104,6 +107,15 @@ class KV4Layer(CacheLayerMixin):
         part._mark()
         return part
 
+    def holding(self, tokens: int, device: torch.device) -> KV4Layer:
+        """The layer as if its sequences had `tokens` tokens each: see KV4Cache.holding."""
+        other = copy.copy(self)
+        if not other.is_initialized:
+            other.allocate(1, KVSpec(1, 2, 2), device)
+        other.length = torch.full_like(other.length, tokens)
+        other.empty = False
+        return other
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,12 +128,12 @@ class KV4Layer(CacheLayerMixin):
         self.length.add_(key_states.shape[2])
         exact, first = self.prefill_kv == "exact", self.empty
         self.empty = False
-        if first and not self.whole_prefill:
+        if first:
             if exact:
                 return key_states, value_states
             return ops.kv4_round(key_states, self.bits), ops.kv4_round(value_states, self.bits)
         # a single new token takes part with its quantized value, so that a later re-read agrees
-        with_chunk = exact and (first or key_states.shape[2] > 1)
+        with_chunk = exact and key_states.shape[2] > 1
         chunk = (key_states, value_states) if with_chunk else (None, None)
         k, v = ops.kv4_dequant(*pages, self.length, *chunk, self.bits, key_states.dtype)
         return k, v
@@ -135,8 +147,7 @@ class KV4Layer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the keys the mask must cover."""
-        only_new = self.empty and not self.whole_prefill
-        return (query_length, 0) if only_new else (self.max_cache_len, 0)
+        return (query_length if self.empty else self.max_cache_len, 0)
 
     def get_seq_length(self) -> Any:
         """Tokens stored: 0 before the first update, then a 0-d tensor on the cache's device."""
@@ -177,8 +188,8 @@ class KV16Layer(KV4Layer):
     Tensors after initialization: keys, values [B, H, max_cache_len, D]; length int64 [B].
     """
 
-    def __init__(self, max_cache_len: int, whole_prefill: bool = False) -> None:
-        super().__init__(max_cache_len, 8, "exact", whole_prefill)
+    def __init__(self, max_cache_len: int) -> None:
+        super().__init__(max_cache_len, 8, "exact")
         self._bits = "16"
 
     @property
@@ -245,7 +256,7 @@ class KV16Layer(KV4Layer):
         self.values.index_copy_(2, places, value_states)
         self.length.add_(key_states.shape[2])
         first, self.empty = self.empty, False
-        if first and not self.whole_prefill:
+        if first:
             return key_states, value_states
         return self.keys, self.values
 

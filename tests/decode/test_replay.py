@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 import qoqc
 from qoqc.decode import replay
+from qoqc.decode.inputs import StepInputs
 from qoqc.decode.replay import Replayed
 from qoqc.decode.steps import Steps
 from qoqc.runtime.kv_cache import KV4Cache
@@ -203,7 +204,7 @@ def test_steps_are_forgotten_when_a_tensor_of_the_model_moves(
 def test_steps_do_not_keep_a_cache() -> None:
     model, steps = tiny_model("llama"), Steps(graphs=False)
     cache = cache_of(model)
-    steps.of(model, cache).forward(masked=False, arguments={})
+    steps.of(model, cache).forward(StepInputs(False, torch.zeros(1, 1), {}))
     gone = weakref.ref(cache)
     del cache
     gc.collect()

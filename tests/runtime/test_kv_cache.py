@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
 
 from qoqc.errors import CacheFull, Unsupported
 from qoqc.ir import ops
@@ -53,12 +54,34 @@ def test_a_single_token_takes_part_rounded() -> None:
     torch.testing.assert_close(k[:, :, 6:7], ops.kv4_round(new[0], 4))
 
 
-def test_whole_prefill_gives_the_full_length() -> None:
-    cache, past = layer(whole_prefill=True), chunk(6, 1)
-    assert cache.get_mask_sizes(6) == (128, 0)
-    k, v = cache.update(*past)
-    assert k.shape[2] == v.shape[2] == 128
-    torch.testing.assert_close(k[:, :, :6], past[0])
+def test_before_the_first_prompt_it_is_as_transformers_growing_cache() -> None:
+    """Then models make its masks themselves, and know that it is the first."""
+    config = tiny_config("llama")
+    cache, growing = KV4Cache(config, 128), DynamicCache(config=config)
+    cache.allocate(3, [SPEC, SPEC], torch.device("cpu"))
+    assert (cache.is_initialized, cache.is_compileable) == (False, False)
+    assert (growing.is_initialized, growing.is_compileable) == (False, False)
+    for number in range(2):
+        for each in (cache, growing):
+            each.update(*chunk(6, 1), number)
+    assert cache.is_initialized
+    assert growing.is_initialized
+    assert cache.is_compileable  # from then on its size is fixed, and growing's is not
+
+
+@pytest.mark.parametrize("allocated", [True, False])
+def test_holding_is_asked_about_lengths_only(allocated: bool) -> None:
+    config, device = tiny_config("llama"), torch.device("cpu")
+    cache = KV4Cache(config, 128, [4, 16])
+    if allocated:
+        cache.allocate(2, [KVSpec(2, 32, 32)] * 2, device)
+    other = cache.holding(75, device)
+    assert [int(other.get_seq_length(number)) for number in range(2)] == [75, 75]
+    assert [other.get_mask_sizes(1, number) for number in range(2)] == [(128, 0)] * 2
+    assert other.is_compileable
+    assert [cache.get_seq_length(number) for number in range(2)] == [0, 0]
+    assert not cache.is_initialized
+    assert [layer.is_initialized for layer in cache.layers] == [allocated] * 2
 
 
 def test_sizes_told_to_transformers() -> None:

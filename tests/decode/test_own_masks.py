@@ -1,0 +1,184 @@
+"""Families whose models make their own masks or inputs for generate() run in the decode loop."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+import qoqc
+from qoqc import pipeline
+from qoqc.decode import loop
+from qoqc.runtime.kv_layers import KV4Layer
+from qoqc.testing import scramble
+
+WINDOW, PROMPT, NEW = 8, 20, 10
+
+TEXT: dict[str, Any] = {
+    **{"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 384},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+    **{"max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+}
+ALTERNATING = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+GEMMA4 = {**TEXT, **ALTERNATING, "global_head_dim": 32}
+PER_LAYER = {
+    **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 384},
+    "num_kv_shared_layers": 0,
+}
+VISION: dict[str, Any] = {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "patch_size": 8},
+    **{"num_attention_heads": 2, "image_size": 16},
+}
+SIGLIP = {**VISION, "model_type": "siglip_vision_model"}
+
+
+class Family(NamedTuple):
+    """A composite config, and the layers whose masks become arguments in its decode graph."""
+
+    kind: str
+    config: dict[str, Any]
+    windows: int = 2
+
+
+FAMILIES = {
+    "gemma3": Family(
+        "gemma3",
+        {
+            "text_config": {**TEXT, **ALTERNATING},
+            "vision_config": VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 383,
+        },
+    ),
+    "gemma4": Family(
+        "gemma4",
+        {"text_config": {**GEMMA4, **PER_LAYER}, "vision_config": None, "audio_config": None},
+    ),
+    "gemma4_unified": Family("gemma4_unified", {"text_config": GEMMA4}, 0),
+    "paligemma": Family(
+        "paligemma",
+        {
+            "text_config": {**TEXT, "model_type": "gemma"},
+            **{"vision_config": SIGLIP, "projection_dim": 128, "image_token_index": 383},
+        },
+    ),
+    "paligemma2": Family(
+        "paligemma",
+        {
+            "text_config": {**TEXT, "model_type": "gemma2", "sliding_window": WINDOW},
+            **{"vision_config": SIGLIP, "projection_dim": 128, "image_token_index": 383},
+        },
+    ),
+    "molmo2": Family("molmo2", {"text_config": TEXT}),
+    "hrm_text": Family(
+        "hrm_text",
+        {
+            **TEXT,
+            **{"num_hidden_layers": 4, "num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 1},
+            "prefix_lm": True,
+        },
+        4,
+    ),
+    "doge": Family("doge", TEXT, 0),  # its masks depend on the values
+}
+
+
+def made(family: str) -> Any:
+    kind, config, _ = FAMILIES[family]
+    parsed = AutoConfig.for_model(kind, **config)
+    images = any(name in config for name in ("text_config", "vision_config"))
+    loader: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = loader.from_config(parsed).eval()
+    scramble(model)
+    return model
+
+
+def compiled(model: Any) -> Any:
+    torch._dynamo.reset()
+    counters.clear()
+    pipeline.reports.clear()
+    return qoqc.compile(model, glue="eager")
+
+
+def generated(model: Any, batch: int, prompt: int, padding: int, **more: Any) -> Any:
+    """Greedy tokens and logits behind random prompts, the first with padding in front."""
+    ids = torch.randint(3, 380, (batch, prompt), generator=torch.Generator().manual_seed(prompt))
+    mask = torch.ones_like(ids)
+    ids[0, :padding], mask[0, :padding] = 0, 0
+    return model.generate(
+        **{"input_ids": ids, "attention_mask": mask, "max_new_tokens": NEW, **more},
+        **{"do_sample": False, "eos_token_id": None, "pad_token_id": 0},
+        **{"output_logits": True, "return_dict_in_generate": True},
+    )
+
+
+class Loops:
+    """Which loop serves; transformers' own on demand."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._patch, self.ours = patch, 0
+        generate = loop.generate
+
+        def counted(*args: Any) -> Any:
+            self.ours += 1
+            return generate(*args)
+
+        patch.setattr(loop, "generate", counted)
+
+    def theirs(self, *args: Any, **kwargs: Any) -> Any:
+        ours = self.ours
+        with self._patch.context() as patch:
+            patch.setattr(loop, "refusal", lambda *_: "for comparison")
+            result = generated(*args, **kwargs)
+        assert self.ours == ours
+        return result
+
+
+@pytest.fixture
+def loops(monkeypatch: pytest.MonkeyPatch) -> Loops:
+    return Loops(monkeypatch)
+
+
+def assert_same(got: Any, wanted: Any) -> None:
+    """Tokens are equal; logits, too, but for the order of sums (masks against windows)."""
+    assert torch.equal(got.sequences, wanted.sequences)
+    torch.testing.assert_close(
+        torch.stack(got.logits), torch.stack(wanted.logits), rtol=1e-3, atol=1e-3
+    )
+
+
+KINDS = [(1, PROMPT, 0), (1, PROMPT, 4), (3, PROMPT, 0), (3, PROMPT, 4)]
+LATER = [(1, PROMPT + 9, 0), (5, PROMPT + 3, 0), (1, PROMPT - 4, 2), (2, PROMPT + 40, 11)]
+
+
+@pytest.mark.parametrize(
+    "family", ["gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in [*FAMILIES][1:])]
+)
+def test_tokens_are_those_of_transformers_loop(
+    family: str, loops: Loops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch 1 and 3, padded and not; then other lengths and batches compile nothing more."""
+    model = compiled(made(family))
+    results = [generated(model, *kind) for kind in KINDS]
+    decode = pipeline.reports[1]
+    assert decode.counts.get("windows", 0) == FAMILIES[family].windows
+    graphs = counters["stats"]["unique_graphs"]
+    # a prompt and a step of each kind
+    assert graphs == 2 * len(KINDS)
+    for kind in LATER:
+        generated(model, *kind)
+        assert counters["stats"]["unique_graphs"] == graphs, kind
+    assert loops.ours == len(KINDS + LATER)
+    if family == "paligemma2":
+        # its forward takes no masks that generate() made for several kinds of layers: none are
+        monkeypatch.setattr(KV4Layer, "is_compileable", False)
+    for kind, got in zip(KINDS, results, strict=True):
+        assert_same(got, loops.theirs(model, *kind))
