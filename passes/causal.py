@@ -31,7 +31,7 @@ def causal(gm: GraphModule, ctx: Context) -> int:
             continue
         node.kwargs = {**node.kwargs, "attn_mask": None, "is_causal": True}
         q, *repeated = node.args
-        heads = [_before_repeat(x) for x in repeated]
+        heads = [before_repeat(x) for x in repeated]
         if None not in heads:
             node.args = (q, *heads)
             node.kwargs = {**node.kwargs, "enable_gqa": True}
@@ -87,7 +87,7 @@ def counted(positions: Any, axis: int) -> tuple[Any, Any] | None:
     return (shape[axis], start) if counts else None
 
 
-def _before_repeat(heads: Any) -> Node | None:
+def before_repeat(heads: Any) -> Node | None:
     """k of `k[:, :, None].expand(B, H, r, S, D).reshape(B, H * r, S, D)`; None if it is not so."""
     if not is_method(heads, "reshape") or not is_method(heads.args[0], "expand"):
         return None

@@ -21,6 +21,7 @@ from qoqc.passes.fuse_norm import fuse_norm
 from qoqc.passes.linear import linear
 from qoqc.passes.merge import merge
 from qoqc.passes.normalize import normalize
+from qoqc.passes.prompt_windows import prompt_windows
 from qoqc.passes.rotary import rotary
 from qoqc.passes.share_quant import share_quant
 from qoqc.passes.windows import windows
@@ -33,6 +34,7 @@ PIPELINE: tuple[Pass, ...] = (
     attention,  # before merge: it looks at the nodes the model wrote
     windows,  # after attention, whose masks it takes apart; before rotary, which passes on the rest
     rotary,  # after attention, which tells what reads the cache; before merge, for the same reason
+    prompt_windows,  # after rotary, which knows SDPA among new tokens
     merge,  # before linear: packs sibling weights as one
     fuse_glu,  # after merge, which stacks gate and up; before linear, which packs them in turns
     linear,

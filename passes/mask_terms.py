@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from qoqc.passes.fusing import operands
 from qoqc.passes.match import example, is_call, is_copy_of, is_method
 
 AND = (operator.and_, torch.logical_and, torch.bitwise_and)
@@ -51,6 +52,31 @@ def is_true(term: Node) -> bool:
     """Nothing but True, and nobody writes to it?"""
     filled = is_method(term, "new_ones") or is_call(term, torch.ones)
     return filled and _is_bool(term) and all(is_call(user, *AND) for user in term.users)
+
+
+Question = Callable[[Any], bool]
+"""Of a node: are these the positions of the keys, or of the queries?"""
+
+
+def is_past(term: Node, are_keys: Question, are_queries: Question) -> bool:
+    """Is it `keys <= queries`?"""
+    key, query = _in_order(term, "le", "ge")
+    return are_keys(key) and are_queries(query)
+
+
+def width_of(term: Node, are_keys: Question, are_queries: Question) -> int:
+    """W, if it is `keys > queries - W`; else 0."""
+    oldest, key = _in_order(term, "lt", "gt")
+    query, width = operands(oldest, "sub") or (None, None)
+    if not isinstance(width, int) or width < 1:
+        return 0
+    return width if are_keys(key) and are_queries(query) else 0
+
+
+def _in_order(term: Node, upwards: str, downwards: str) -> tuple[Any, Any]:
+    """(a, b) of `a < b` or `b > a`; of another node (None, None)."""
+    high_first = operands(term, downwards) or (None, None)
+    return operands(term, upwards) or (high_first[1], high_first[0])
 
 
 def without(gm: GraphModule, mask: Node, taken: frozenset[Node], memo: Memo) -> Node | None:

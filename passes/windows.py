@@ -11,8 +11,7 @@ from torch.fx import GraphModule, Node
 from qoqc.ir import ops
 from qoqc.passes.causal import counted
 from qoqc.passes.context import Context
-from qoqc.passes.fusing import operands
-from qoqc.passes.mask_terms import Memo, is_true, terms_of, without
+from qoqc.passes.mask_terms import Memo, is_past, is_true, terms_of, width_of, without
 from qoqc.passes.match import example, is_call, is_copy_of, is_method, is_slice, written
 from qoqc.runtime.dynamo import same_size
 
@@ -27,7 +26,8 @@ def windows(gm: GraphModule, ctx: Context) -> int:
           ->  o = kv4_attention(q, pages, length, padding[b, keys].expand(...), ..., causal, 512)
 
     Masks are made from the length of one layer, that of its first sequence: all layers and
-    sequences of a KV4Cache have as many tokens, padding included. Terms that are anything else,
+    sequences of a KV4Cache have as many tokens, padding included. Those of a first prompt, which
+    has as many keys as queries, count from 0. Terms that are anything else,
     and windows whose width the graph is given, stay.
     """
     count = 0
@@ -91,16 +91,11 @@ class _Places:
 
     def are_past(self, term: Node) -> bool:
         """Is it `keys <= queries`?"""
-        key, query = _in_order(term, "le", "ge")
-        return self._are_keys(key) and self._are_queries(query)
+        return is_past(term, self._are_keys, self._are_queries)
 
     def width(self, term: Node) -> int:
         """W, if it is `keys > queries - W`; else 0."""
-        oldest, key = _in_order(term, "lt", "gt")
-        query, width = operands(oldest, "sub") or (None, None)
-        if not isinstance(width, int) or width < 1:
-            return 0
-        return width if self._are_keys(key) and self._are_queries(query) else 0
+        return width_of(term, self._are_keys, self._are_queries)
 
     def _are_keys(self, node: Any) -> bool:
         """0, 1, .. along the last axis?"""
@@ -110,8 +105,11 @@ class _Places:
     def _are_queries(self, node: Any) -> bool:
         """The number of cached tokens and the numbers after it, along the axis before the last?"""
         found = counted(node, -2) if isinstance(node, Node) else None
-        if found is None or not isinstance(found[1], Node) or not same_size(found[0], self.queries):
+        if found is None or not same_size(found[0], self.queries):
             return False
+        if not isinstance(found[1], Node):
+            # a first prompt: it is all that there is to attend to
+            return found[1] == 0 and same_size(self.keys, self.queries)
         cached: Any = found[1]
         while is_copy_of(cached):
             cached = cached.args[0]
@@ -129,9 +127,3 @@ class _Places:
         appends = any(is_call(user, ops.kv4_append) and user.args[4] is node for user in node.users)
         names = (re.sub(r"\d+", "", self.ctx.name(x)) for x in (self.length, node))
         return appends and len(set(names)) == 1
-
-
-def _in_order(term: Node, upwards: str, downwards: str) -> tuple[Any, Any]:
-    """(a, b) of `a < b` or `b > a`; of another node (None, None)."""
-    high_first = operands(term, downwards) or (None, None)
-    return operands(term, upwards) or (high_first[1], high_first[0])

@@ -113,11 +113,12 @@ def generated(model: Any, batch: int, prompt: int, padding: int, **more: Any) ->
     ids = torch.randint(3, 380, (batch, prompt), generator=torch.Generator().manual_seed(prompt))
     mask = torch.ones_like(ids)
     ids[0, :padding], mask[0, :padding] = 0, 0
-    return model.generate(
-        **{"input_ids": ids, "attention_mask": mask, "max_new_tokens": NEW, **more},
-        **{"do_sample": False, "eos_token_id": None, "pad_token_id": 0},
-        **{"output_logits": True, "return_dict_in_generate": True},
-    )
+    options = {
+        **{"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": NEW},
+        **{"output_logits": True, "return_dict_in_generate": True, **more},
+    }
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    return model.generate(ids, attention_mask=mask, **options)
 
 
 class Loops:
@@ -182,3 +183,49 @@ def test_tokens_are_those_of_transformers_loop(
         monkeypatch.setattr(KV4Layer, "is_compileable", False)
     for kind, got in zip(KINDS, results, strict=True):
         assert_same(got, loops.theirs(model, *kind))
+
+
+TYPES = {
+    "an image": ("gemma3", slice(5, 9), 1),
+    "an image at the end": ("gemma3", slice(PROMPT - 4, PROMPT), 1),
+    "a prefix": ("paligemma", slice(12, PROMPT), 1),
+    "a prefix and windows": ("paligemma2", slice(0, 0), 1),
+    "a block": ("hrm_text", slice(2, 14), 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "tokens", "kind"), TYPES.values(), ids=list(TYPES))
+def test_kinds_of_tokens_change_the_masks_of_the_prompt(
+    family: str, tokens: slice, kind: int, loops: Loops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some see each other both ways, in the first prompt; the steps behind it are as ever."""
+    model = compiled(made(family))
+    types = torch.zeros(3, PROMPT, dtype=torch.long)
+    types[:, tokens] = kind
+    plain = generated(model, 3, PROMPT, 2)
+    got = generated(model, 3, PROMPT, 2, token_type_ids=types)
+    assert loops.ours == 2
+    assert (got.logits[0] - plain.logits[0]).abs().max() > 1e-2
+    if family != "paligemma2":
+        assert_same(got, loops.theirs(model, 3, PROMPT, 2, token_type_ids=types))
+    # every mask made by the forward, from the mask of the tokens
+    monkeypatch.setattr(KV4Layer, "is_compileable", False)
+    assert_same(got, loops.theirs(model, 3, PROMPT, 2, token_type_ids=types))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["gemma3", "paligemma2", "gemma4"])
+def test_graphs_give_the_tokens_of_running_the_steps(family: str, loops: Loops) -> None:
+    torch._dynamo.reset()
+    plain = qoqc.compile(made(family).to("cuda", torch.bfloat16), graphs=False)
+    model = qoqc.compile(made(family).to("cuda", torch.bfloat16))
+    for kind in [*KINDS, (2, PROMPT + 90, 0)]:
+        tokens = [
+            generated(each, *kind, output_logits=False).sequences for each in (plain, model, model)
+        ]
+        assert torch.equal(tokens[0], tokens[1]), kind
+        assert torch.equal(tokens[0], tokens[2]), kind
+    assert loops.ours == 3 * 5
+    steps = model.qoqc_steps._by_cache.values()
+    assert all(each.captured for some in steps for each in some._forwards.values())
