@@ -12,14 +12,15 @@ from qoqc.passes.context import Context
 from qoqc.passes.match import is_call, is_method, is_view
 
 MASKS = (
-    *(operator.and_, operator.le, operator.lt, operator.ge, operator.gt),
+    *(operator.and_, operator.or_, operator.le, operator.lt, operator.ge, operator.gt, operator.eq),
     *(operator.add, operator.sub, operator.mul, torch.arange, torch.ones, torch.logical_and),
+    *(torch.full, torch._C._nn.pad),
 )
 """What masks are written with."""
 
 PURE_FUNCTIONS = (operator.getitem, getattr, torch.cat, ops.kv4_dequant, ops.quantize_act, *MASKS)
 
-PURE_METHODS = ("t", "size", "new_ones")
+PURE_METHODS = ("t", "size", "new_ones", "new_zeros")
 
 
 def cleanup(gm: GraphModule, ctx: Context) -> int:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from qoqc.passes.fusing import operands
 from qoqc.passes.match import example, is_call, is_copy_of, is_method
+from qoqc.passes.never_true import never_true
 
 AND = (operator.and_, torch.logical_and, torch.bitwise_and)
 
@@ -20,12 +21,22 @@ Memo = dict[tuple[Node, frozenset[Node]], Node | None]
 
 def terms_of(mask: Node) -> Iterator[Node]:
     """What must hold at once where a mask is True."""
-    if _joins(mask) or _passes_on(mask):
+    alone = _alone(mask)
+    if alone is not None:
+        yield from terms_of(alone)
+    elif _joins(mask) or _passes_on(mask):
         for part in mask.args[: _inputs(mask)]:
             assert isinstance(part, Node)
             yield from terms_of(part)
     else:
         yield mask
+
+
+def _alone(node: Node) -> Node | None:
+    """The one side of an `or` that may be True at all."""
+    sides = operands(node, "or_")
+    left = [side for side in sides or () if not never_true(side)]
+    return left[0] if sides is not None and len(left) == 1 else None
 
 
 def _joins(node: Node) -> bool:
@@ -83,6 +94,10 @@ def without(gm: GraphModule, mask: Node, taken: frozenset[Node], memo: Memo) -> 
     """A mask without the terms that are taken; None if none is left."""
     if mask in taken:
         return None
+    alone = _alone(mask)
+    if alone is not None:
+        rest = without(gm, alone, taken, memo)
+        return None if rest is None else _with_axes(gm, rest, example(mask).dim())
     if not (_joins(mask) or _passes_on(mask)):
         return mask
     if (mask, taken) not in memo:

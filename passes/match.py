@@ -24,7 +24,10 @@ VIEW_FUNCTIONS = frozenset(
 )
 WRITES = frozenset(
     {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv}
+    | {operator.iand, operator.ior, operator.ixor}
 )
+KEYWORDS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
+"""Functions whose names end as those of in-place methods do."""
 
 
 def is_call(node: Any, *targets: Any) -> bool:
@@ -70,7 +73,7 @@ def _is_write(node: Any) -> bool:
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = name.endswith("_") and not name.endswith("__") and node.target not in KEYWORDS
     if node.op == "call_function":
         in_place |= node.target in WRITES or node.kwargs.get("inplace") is True
     return in_place and bool(node.args)

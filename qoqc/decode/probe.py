@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch._subclasses import fake_tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 from qoqc.errors import Unsupported
 from qoqc.ir.spec import KVSpec
@@ -23,7 +23,8 @@ def probe_kv(model: Any) -> list[KVSpec]:
 
     Asking the cache works for every attention (MLA, per-layer sizes); config names differ. The
     step computes shapes only, nothing runs on the device, unless the model's code asks for values.
-    Raises Unsupported when a layer keeps no keys and values (linear attention, state space).
+    Raises Unsupported when a layer keeps no keys and values, or a state besides them (linear
+    attention, state space).
     """
     try:
         with _unchanged(model), _shapes_only():
@@ -36,6 +37,9 @@ def probe_kv(model: Any) -> list[KVSpec]:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None or keys.dim() != 4:
             raise Unsupported(f"layer {number} keeps no keys and values; compile with kv_bits=16")
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            reason = f"layer {number} keeps a state besides keys and values"
+            raise Unsupported(f"{reason}; compile with kv_bits=16")
         specs.append(KVSpec(keys.shape[1], keys.shape[-1], values.shape[-1]))
     return specs
 

@@ -21,7 +21,7 @@ def windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tens
     """Attention of q [B, Hq, S, Dk] over k [B, H, S, Dk] and v [B, H, S, Dv]: [B, Hq, S, Dv].
 
     Query i sees the keys i - window + 1 to i, as in transformers; window is at least 1. The result
-    is a view of heads side by side, [B, S, Hq, Dv], as torch's flash attention leaves them.
+    is a view of heads side by side, [B, S, Hq, Dv], which is how models go on.
     """
     if _is_for_flash(q, k, v):
         rows = (x.transpose(1, 2) for x in (q, k, v))
@@ -31,7 +31,8 @@ def windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tens
             *rows, None, None, length, length, 0.0, True, False,
             scale=scale, window_size_left=window - 1, window_size_right=0,
         )  # fmt: skip
-        heads: Tensor = out.transpose(1, 2)
+        # in the order of q's memory, which may be that of heads one after the other
+        heads: Tensor = out.contiguous().transpose(1, 2)
         return heads
     place = torch.arange(q.shape[2], device=q.device)
     ago = place[:, None] - place

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qoqc.artifact.load import load_model
 from qoqc.artifact.save import save
@@ -114,4 +115,15 @@ def test_a_layer_without_keys() -> None:
     first = model.model.layers[0]
     first.forward = lambda hidden_states, *args, **kwargs: hidden_states
     with pytest.raises(Unsupported, match="layer 0 keeps no keys and values; compile with kv_b"):
+        probe_kv(model)
+
+
+def test_a_layer_with_another_state() -> None:
+    """Falcon-H1's layers are attention and a state space side by side."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 96}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "mamba_d_ssm": 64}
+    more = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
+    config = AutoConfig.for_model("falcon_h1", **sizes, **heads, **more)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(Unsupported, match="layer 0 keeps a state besides keys and values"):
         probe_kv(model)

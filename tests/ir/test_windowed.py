@@ -62,15 +62,23 @@ def test_torchs_flash_attention_takes_windows() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rotated", [True, False])
 @pytest.mark.parametrize("size", [64, 80, 128, 256])
 @pytest.mark.parametrize(("seq", "window"), [(13, 5), (700, 128), (1000, 999), (513, 1)])
 def test_flash_attention(
-    size: int, seq: int, window: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    size: int,
+    seq: int,
+    window: int,
+    rotated: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     q, k, v = (
         heads(count, seq, size, seed).to(device, torch.bfloat16)
         for seed, count in enumerate((8, 2, 2))
     )
+    if rotated:  # as kv4_rotate_append leaves them
+        q, k = q.contiguous(), k.contiguous()
     got = window_attention(q, k, v, SCALE / math.sqrt(size), window)
     monkeypatch.setattr(windowed, "FLASH_HEADS", ())
     wide = [x.float() for x in (q, k, v)]

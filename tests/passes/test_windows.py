@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qoqc.ir import ops
 from qoqc.ir.spec import PAGE, KVSpec
 from qoqc.passes.attention import attention
 from qoqc.passes.cleanup import cleanup
@@ -97,10 +98,19 @@ def backwards(k: Tensor, q: Tensor, seen: Tensor) -> Tensor:
     return torch.logical_and(q >= k, q - 8 < k)
 
 
+def blockwise(k: Tensor, q: Tensor, seen: Tensor, kind: int = -1) -> Tensor:
+    """transformers' or_masks: a block that sees all of itself, of which there is none."""
+    groups = F.pad(torch.full([2, 3], kind), (0, CAPACITY - 3), "constant", -1)
+    b = torch.arange(2)[:, None, None, None]
+    group = groups[b, q]
+    block = (group == groups[b, k]) & (group >= 0)
+    return q.new_zeros((), dtype=torch.bool) | nested(k, q, seen).to("cpu") | block.to("cpu")
+
+
 @pytest.mark.parametrize("seq", [1, 7])
 @pytest.mark.parametrize(
     ("mask", "past", "width"),
-    [(causal, True, 0), (nested, True, 8), (backwards, True, 8)],
+    [(causal, True, 0), (nested, True, 8), (backwards, True, 8), (blockwise, True, 8)],
 )
 def test_taken_whole(mask: Mask, past: bool, width: int, seq: int) -> None:
     assert rewritten(mask, seq) == (1, None, past, width)
@@ -128,6 +138,16 @@ def test_what_else_is_asked_stays(mask: Mask, past: bool, width: int, seq: int) 
     count, left, is_past, window = rewritten(mask, seq)
     assert (count, is_past, window) == (1, past, width)
     assert left is not None
+
+
+def block(k: Tensor, q: Tensor, seen: Tensor) -> Tensor:
+    return blockwise(k, q, seen, 0)
+
+
+def written_block(k: Tensor, q: Tensor, seen: Tensor) -> Tensor:
+    far = torch.full([CAPACITY], -1)
+    far[3] = 1
+    return nested(k, q, seen) | (far[k] > 0)
 
 
 def two_widths(k: Tensor, q: Tensor, seen: Tensor) -> Tensor:
@@ -166,7 +186,18 @@ def of_given_width(k: Tensor, q: Tensor, seen: Tensor) -> Tensor:
 @pytest.mark.parametrize("seq", [1, 7])
 @pytest.mark.parametrize(
     "mask",
-    [two_widths, either, blocks, wide, later, from_one, from_a_value, of_given_width],
+    [
+        two_widths,
+        block,
+        written_block,
+        either,
+        blocks,
+        wide,
+        later,
+        from_one,
+        from_a_value,
+        of_given_width,
+    ],
 )
 def test_others_stay(mask: Mask, seq: int) -> None:
     count, left, past, window = rewritten(mask, seq)
@@ -195,3 +226,39 @@ def test_a_length_that_has_counted_already_is_another() -> None:
         normalize(gm, ctx)
         assert attention(gm, ctx) == 1
         assert windows(gm, ctx) == 0
+
+
+@pytest.mark.parametrize("hidden", [0, 3])
+def test_a_first_prompt_counts_from_zero(hidden: int) -> None:
+    """Over pages, too, where SDPA cannot do it (Gemma 2): all that there is are its own tokens."""
+    seq = 21
+    seen = torch.ones(2, seq, dtype=torch.bool)
+    seen[1, :hidden] = False
+
+    def prompt(layer: KV4Layer, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        queries, keys = torch.arange(seq)[None, None, :, None], torch.arange(seq)[None, None, None]
+        mask = (keys > queries - 8) & (keys <= queries)
+        mask = mask & seen[:, None, None, :] if hidden else mask
+        k, v = layer.update(k, v)
+        mask = mask.expand(2, -1, seq, seq)
+        out: Tensor = ops.attention(q, k, v, mask, None, 0.2, 30.0, False)
+        return out
+
+    def empty() -> KV4Layer:
+        layer = KV4Layer(CAPACITY, 4, "exact")
+        layer.allocate(2, KVSpec(2, 32, 32), torch.device("cpu"))
+        return layer
+
+    q = torch.randn(2, 4, seq, 32, generator=torch.Generator().manual_seed(3))
+    expected = prompt(empty(), q, *new(seq, 2), seen)
+    layer = empty()
+    gm, inputs = capture(prompt, layer, q, *new(seq, 2), seen)
+    layer.length.zero_()
+    ctx = context(gm, inputs)
+    normalize(gm, ctx)
+    assert attention(gm, ctx) == 1
+    assert windows(gm, ctx) == 1
+    torch.testing.assert_close(run_graph(gm, ctx)[0], expected, rtol=1e-5, atol=1e-5)
+    (node,) = [node for node in gm.graph.nodes if targets_of(node) == "kv4_attention"]
+    assert (node.args[11], node.args[14]) == (True, 8)
+    assert (node.args[6] is None) == (hidden == 0)
