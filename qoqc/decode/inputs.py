@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from qoqc.decode.request import Request
 
 STEP = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 """Methods of GenerationMixin that say what the next step gets; some models have their own."""
+
+_ALIKE: weakref.WeakKeyDictionary[Any, set[Hashable]] = weakref.WeakKeyDictionary()
+"""Of each model, kinds of steps of text and lengths at which they were found to be like others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,11 @@ def _asked(request: Request, padded: bool) -> StepInputs:
     """As the model's code says wherever it may say something new; raises Unlike if it differs."""
     lengths = _lengths(request)
     first, arguments, conditions = rehearse(request, padded, lengths[0])
-    for length in lengths[1:]:
+    known = _ALIKE.setdefault(request.model, set())
+    asked = {length: (length, padded, *sorted(arguments.items())) for length in lengths[1:]}
+    if request.others:  # they may decide
+        known = set()
+    for length in [length for length, kind in asked.items() if kind not in known]:
         position, others, more = rehearse(request, padded, length)
         if others != arguments or (position is None) != (first is None):
             raise Unlike(f"other arguments at {length} tokens than at {lengths[0]}")
@@ -68,6 +76,7 @@ def _asked(request: Request, padded: bool) -> StepInputs:
         conditions += more
     if not torch.stack(conditions).all():
         raise Unlike("masks that are not transformers', or positions that are not counted")
+    known.update(asked.values())
     return StepInputs(padded, first, arguments)
 
 

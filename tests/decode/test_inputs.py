@@ -222,3 +222,22 @@ def test_phi3_switches_its_rotary_embedding() -> None:
     assert "the cache is not used" in str(step_inputs(request(model)))
     model = tiny_model("phi3", original_max_position_embeddings=60)
     assert isinstance(step_inputs(request(model)), StepInputs)
+
+
+def test_a_length_is_asked_about_once() -> None:
+    asked: list[int] = []
+    own = prepare(lambda made, tokens: asked.append(tokens))
+    model = llama(**own)
+    found = [step_inputs(request(model)) for _ in range(2)]
+    assert all(isinstance(each, StepInputs) for each in found)
+    first, *others = sorted(set(asked))
+    assert first == PROMPT + 1
+    assert {PROMPT + 2, 33, LAST - 1} <= set(others)
+    assert asked == [first, *others, first]
+    asked.clear()
+    step_inputs(request(model, 3))  # padded: other masks
+    assert asked == [first, *others]
+    asked.clear()
+    for _ in range(2):
+        step_inputs(request(model, pixel_values=torch.zeros(1)))
+    assert asked == [first, *others] * 2
