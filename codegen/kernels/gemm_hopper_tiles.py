@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from qoqc.runtime.device import DeviceKey
 DEEPEST = 12
 """Stages beyond this bring nothing: memory latency is covered."""
 
-_REGISTERS = {2: 240, 4: 112}
+_REGISTERS = {2: 240, 3: 160, 4: 112}
 """Registers of a consumer's thread, by consumer warpgroups of a block."""
 
 # (BLOCK_N, ROWS, WAYS) by tokens per tile: those that won somewhere on an H200
@@ -30,7 +31,7 @@ _SHAPES: dict[int, tuple[tuple[int, int, int], ...]] = {
     16: ((64, 1, 2), (128, 1, 2), (64, 1, 4), (128, 1, 4)),
     32: ((64, 1, 2), (128, 1, 2), (64, 2, 1), (128, 2, 1)),
     64: ((64, 1, 2), (128, 1, 2), (64, 2, 1), (128, 2, 1)),
-    128: ((64, 1, 2), (64, 2, 1), (128, 2, 1), (64, 4, 1)),
+    128: ((64, 1, 2), (64, 2, 1), (128, 2, 1), (64, 4, 1), (64, 3, 1)),
     256: ((64, 2, 1),),
 }
 
@@ -70,17 +71,21 @@ def bind(spec: LinearSpec, tile: Tile) -> dict[str, Any]:
 
 
 def tile_of(
-    block_m: int, shape: tuple[int, int, int], stages: int, group_m: int = 8, split: int = 1
+    block_m: int,
+    shape: tuple[int, int, int],
+    stages: int,
+    group_m: int = 8,
+    split: int = 1,
+    unroll: int | None = None,
 ) -> Tile:
-    """A tile of `block_m` tokens and a `_SHAPES` entry."""
+    """A tile of `block_m` tokens and a `_SHAPES` entry; `unroll` None is the first of its kind."""
     block_n, rows, ways = shape
     constexprs = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "ROWS": rows,
         "WAYS": ways,
-        # 256 tokens leave no registers for a second k tile on its way
-        "UNROLL": 1 if block_m == 256 or ways == 4 or rows == 4 else 2,
+        "UNROLL": unroll or _unrolls(block_m, shape)[0],
         "STAGES": stages,
         "GROUP_M": group_m,
         "SPLIT": split,
@@ -89,10 +94,20 @@ def tile_of(
     return Tile(tuple(constexprs.items()), num_warps=4, num_stages=1)
 
 
+def _unrolls(block_m: int, shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """How many k tiles a warpgroup may take between two waits for all its products."""
+    _, rows, ways = shape
+    if block_m == 256 or rows * ways == 4:
+        return (1,)  # no registers for a second k tile on its way
+    if rows * ways == 2 and block_m <= 64:
+        return (2, 4)
+    return (2, 1) if ways == 2 else (2,)
+
+
 def candidates(spec: LinearSpec, size: int, device: DeviceKey) -> Sequence[Tile]:
     """Every shape for tiles that hold the tokens or half or a quarter of them, deep and shallow."""
     widest = min(256, max(8, triton.next_power_of_2(size)))
-    narrowest = widest if widest <= 64 else max(64, widest // 4) if size <= 256 else 128
+    narrowest = widest if widest <= 64 else 64 if size <= 1024 else 128
     tiles: dict[Tile, None] = {}
     for block_m, shapes in _SHAPES.items():
         if not narrowest <= block_m <= widest:
@@ -102,12 +117,14 @@ def candidates(spec: LinearSpec, size: int, device: DeviceKey) -> Sequence[Tile]
             # a shallow ring leaves room for the first stages of the next kernel's blocks
             depths = (deep, deep // 2) if block_m <= 64 and deep >= 6 else (deep,)
             for stages in depths:
-                for group_m in (4, 8, 16) if size >= 2048 else (8,):
-                    # larger parts of tiles do not fit in registers twice, to be added up
-                    for split in (1, 2, 4) if block_m * shape[0] <= 8192 else (1,):
-                        tile = tile_of(block_m, shape, stages, group_m, split)
-                        if deep >= 2 and (split == 1 or _cuts(spec, size, tile, device)):
-                            tiles[tile] = None
+                groups = (4, 8, 16) if size >= 2048 else (8,)
+                # larger parts of tiles do not fit in registers twice, to be added up
+                splits = (1, 2, 4) if block_m * shape[0] <= 8192 else (1,)
+                unrolls = _unrolls(block_m, shape)[: None if stages == deep else 1]
+                for group_m, split, unroll in itertools.product(groups, splits, unrolls):
+                    tile = tile_of(block_m, shape, stages, group_m, split, unroll)
+                    if deep >= 2 and (split == 1 or _cuts(spec, size, tile, device)):
+                        tiles[tile] = None
     return tuple(tiles)
 
 
@@ -117,14 +134,14 @@ def heuristic(spec: LinearSpec, size: int, device: DeviceKey) -> Tile:
     Where memory is the limit and all take the same, the one with the most channels.
     """
     return min(
-        (tile for tile in candidates(spec, size, device) if _is_modelled_well(tile)),
+        (tile for tile in candidates(spec, size, device) if _is_modelled_well(tile, size)),
         key=lambda t: (modelled_us(spec, size, t, device), -t["ROWS"] * t["BLOCK_N"]),
     )
 
 
-def _is_modelled_well(tile: Tile) -> bool:
+def _is_modelled_well(tile: Tile, size: int) -> bool:
     """No, where a chain of dependent steps is what takes the time, on an H200."""
-    if tile["ROWS"] > 1 and tile["SPLIT"] > 1:
+    if tile["ROWS"] > 1 and tile["SPLIT"] > 1 or tile["BLOCK_M"] < 128 and size > 256:
         return False
     if tile["BLOCK_M"] < 64:
         return True

@@ -52,7 +52,7 @@ def cases(arch: int) -> Iterator[tuple[str, Any, int]]:
         yield "gemm_plain", LinearSpec(328, 201, group_size, torch.bfloat16, True, True), 128
     yield from gemm_ways_cases(hopper)
     if hopper:
-        for group_size, tokens in itertools.product(formats, (1, 16, 32, 64, 128, 256, 1024)):
+        for group_size, tokens in itertools.product(formats, (1, 16, 32, 64, 128, 256, 512, 1024)):
             spec = LinearSpec(4096, 6144, group_size, torch.bfloat16)
             yield "gemm_hopper", spec, tokens
         for group_size, tokens in itertools.product(formats, (64, 1024)):

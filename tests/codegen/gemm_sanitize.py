@@ -26,8 +26,12 @@ SPECS = (
     LinearSpec(640, 200, -1, torch.float16),
 )
 TOKENS = 19
-# a cut tile, ways that add up, rows that share tokens
-HOPPER_TILES = (tile_of(16, (64, 1, 2), 3, split=2), tile_of(128, (64, 2, 1), 3))
+# a cut tile, ways that add up, two and three rows that share tokens
+HOPPER_TILES = (
+    tile_of(16, (64, 1, 2), 3, split=2),
+    tile_of(128, (64, 2, 1), 3),
+    tile_of(128, (64, 3, 1), 3),
+)
 
 
 def tiles(form: Family, spec: LinearSpec) -> tuple[Tile, ...]:

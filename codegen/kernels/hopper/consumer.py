@@ -14,10 +14,10 @@ from triton.language.extra.cuda import gdc_wait
 
 from qoqc.codegen.kernels.hopper.epilogue import (
     add_parts,
+    as_columns,
+    by_channel,
+    by_token,
     finish,
-    load_channel_scale,
-    load_token_scale,
-    zero_sums,
 )
 from qoqc.codegen.kernels.hopper.schedule import next_part, place, turns
 from qoqc.codegen.kernels.pieces import UNPACK_GROUP_PTX, UNPACK_PTX
@@ -97,10 +97,6 @@ def consume(
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32]
     )
-    # scales that fit in registers during the loop, which hides their latency; per channel, where it
-    # starts by waiting for loads of its own, larger tiles gained nothing
-    EARLY_CHANNEL: gl.constexpr = GROUPED or BLOCK_M <= 64 and ROWS * WAYS <= 2
-    EARLY_TOKEN: gl.constexpr = EARLY_CHANNEL and BLOCK_M * BLOCK_N <= 8192 and ROWS * WAYS <= 2
     turn = gl.program_id(0)
     stage = 0
     phase = 0
@@ -113,14 +109,13 @@ def consume(
         tile_m, tile_n = place(tile, work, GROUP_M)
         first_m = tile_m * BLOCK_M
         first_n = (tile_n * ROWS + ROW) * BLOCK_N
-        if EARLY_CHANNEL:
-            channel_scale = load_channel_scale(scales, first_n, N, BLOCK_N, MMA)
-        if EARLY_TOKEN:
-            token_scale = load_token_scale(scales, first_m, M, BLOCK_M, MMA)
+        # asked for now, wanted when the loop, which hides their latency, has ended
+        channel_scale = by_channel(channel_scale_ptr, first_n, N, BLOCK_N, MMA)
+        token_scale = by_token(token_scale_ptr, first_m, M, BLOCK_M)
+        if not GROUPED:
+            zero = by_channel(zero_ptr, first_n, N, BLOCK_N, MMA)
+            token_sum = by_token(token_sum_ptr, first_m, M, BLOCK_M)
         acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32, MMA)
-        if not GROUPED and WAY == 0:  # noqa: SIM102  decided when compiled, the other when run
-            if first == 0:
-                acc = zero_sums(scales, first_m, first_n, M, N, BLOCK_M, BLOCK_N, MMA)
         for _ in range(first, last):
             # one k tile is unpacked while the products of the one before run
             for i in gl.static_range(UNROLL):
@@ -162,14 +157,15 @@ def consume(
                 # the buffer of y is free once the store of the tile before has read it
                 tma.store_wait(0)
                 gl.thread_barrier()
-                if not EARLY_CHANNEL:
-                    channel_scale = load_channel_scale(scales, first_n, N, BLOCK_N, MMA)
-                if not EARLY_TOKEN:
-                    token_scale = load_token_scale(scales, first_m, M, BLOCK_M, MMA)
+                buffer = y_buffers.index(ROW)
+                if not GROUPED:
+                    # sum (q4 - zero) * x = sum q4 * x - zero * sum x
+                    sums_of_columns = as_columns(token_sum, buffer, BLOCK_M, MMA)
+                    acc -= gl.expand_dims(zero, 1) * gl.expand_dims(sums_of_columns, 0)
                 finish(
-                    acc, channel_scale, token_scale, y_desc, residual_desc, y_buffers.index(ROW),
-                    loaded.index(ROW), finished, bias_ptr, first_m, first_n, N,
-                    HAS_BIAS, HAS_RESIDUAL, GLU, BLOCK_M, BLOCK_N, MMA,
+                    acc, channel_scale, as_columns(token_scale, buffer, BLOCK_M, MMA), y_desc,
+                    residual_desc, buffer, loaded.index(ROW), finished, bias_ptr, first_m,
+                    first_n, N, HAS_BIAS, HAS_RESIDUAL, GLU, BLOCK_M, BLOCK_N, MMA,
                 )  # fmt: skip
                 finished += 1
     tma.store_wait(0)

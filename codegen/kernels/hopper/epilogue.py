@@ -1,4 +1,4 @@
-"""What happens to the int32 sums of a tile: zeros, parts of other blocks, scales, the store."""
+"""What happens to the int32 sums of a tile: parts of other blocks, scales, the store."""
 
 from __future__ import annotations
 
@@ -8,36 +8,32 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 
 @gluon.jit
-def zero_sums(
-    scales, first_m, first_n, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    MMA: gl.constexpr,
-):  # fmt: skip
-    """Where a per-channel tile starts: sum (q4 - zero) * x = sum q4 * x - zero * sum x.
+def by_channel(pointer, first_n, N, BLOCK_N: gl.constexpr, MMA: gl.constexpr):
+    """A value per channel [BLOCK_N]: from memory, as weights are, so better asked for early."""
+    offs_n = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
+    return gl.load(pointer + offs_n, mask=offs_n < N, other=0)
 
-    At the end it would need more registers than there are.
+
+@gluon.jit
+def by_token(pointer, first_m, M, BLOCK_M: gl.constexpr):
+    """A value per token [BLOCK_M], each held once: 256 of them take two registers of a thread."""
+    offs_m = first_m + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    return gl.load(pointer + offs_m, mask=offs_m < M, other=0)
+
+
+@gluon.jit
+def as_columns(values, buffer, BLOCK_M: gl.constexpr, MMA: gl.constexpr):
+    """Values per token [BLOCK_M] in every thread that has the token's sums, by a free buffer.
+
+    Loaded like that they would be a load, a mask and a register for each column of a thread.
     """
-    token_scale_ptr, token_sum_ptr, channel_scale_ptr, zero_ptr, bias_ptr = scales
-    offs_n = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
-    offs_m = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
-    zero = gl.load(zero_ptr + offs_n, mask=offs_n < N, other=0)
-    token_sum = gl.load(token_sum_ptr + offs_m, mask=offs_m < M, other=0)
-    return gl.expand_dims(-zero, 1) * gl.expand_dims(token_sum, 0)
-
-
-@gluon.jit
-def load_channel_scale(scales, first_n, N, BLOCK_N: gl.constexpr, MMA: gl.constexpr):
-    """Channel scales [BLOCK_N]: from memory, as weights are, so better asked for early."""
-    token_scale_ptr, token_sum_ptr, channel_scale_ptr, zero_ptr, bias_ptr = scales
-    offs_n = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
-    return gl.load(channel_scale_ptr + offs_n, mask=offs_n < N, other=0.0)
-
-
-@gluon.jit
-def load_token_scale(scales, first_m, M, BLOCK_M: gl.constexpr, MMA: gl.constexpr):
-    """Token scales [BLOCK_M]."""
-    token_scale_ptr, token_sum_ptr, channel_scale_ptr, zero_ptr, bias_ptr = scales
-    offs_m = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
-    return gl.load(token_scale_ptr + offs_m, mask=offs_m < M, other=0.0)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    line = buffer._reinterpret(values.dtype, [BLOCK_M], FLAT)
+    line.store(values)
+    gl.thread_barrier()
+    columns = line.load(gl.SliceLayout(0, MMA))
+    gl.thread_barrier()
+    return columns
 
 
 @gluon.jit
@@ -86,6 +82,9 @@ def finish(
     The buffer must be free. `finished` counts the tiles: the parity of the residual's barrier.
     """
     if HAS_RESIDUAL:
+        # the buffer has just been read by threads
+        fence_async_shared()
+        gl.thread_barrier()
         mbarrier.expect(loaded, BLOCK_M * BLOCK_N * 2)
         tma.async_copy_global_to_shared(residual_desc, [first_m, first_n], loaded, y_buffer)
     y = acc.to(gl.float32) * gl.expand_dims(channel_scale, 1) * gl.expand_dims(token_scale, 0)

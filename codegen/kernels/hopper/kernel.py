@@ -118,8 +118,23 @@ def gemm_hopper_kernel(
             ],
             [4, 1, 1], [REGISTERS, 24, 24],
         )  # fmt: skip
+    elif ROWS * WAYS == 3:
+        gl.warp_specialize(
+            [
+                (consume, (0, work, ring, sums, scales, output, GROUPED, HAS_BIAS, HAS_RESIDUAL,
+                           GLU, BLOCK_M, BLOCK_N, ROWS, WAYS, UNROLL, STAGES, GROUP_M, SPLIT)),
+                (consume, (1, work, ring, sums, scales, output, GROUPED, HAS_BIAS, HAS_RESIDUAL,
+                           GLU, BLOCK_M, BLOCK_N, ROWS, WAYS, UNROLL, STAGES, GROUP_M, SPLIT)),
+                (consume, (2, work, ring, sums, scales, output, GROUPED, HAS_BIAS, HAS_RESIDUAL,
+                           GLU, BLOCK_M, BLOCK_N, ROWS, WAYS, UNROLL, STAGES, GROUP_M, SPLIT)),
+                (load_weights, (work, k_tiles, early, descs, ring, GROUPED, BLOCK_N, ROWS, WAYS,
+                                UNROLL, STAGES, GROUP_M)),
+                (load_tokens, (work, x_desc, ring, BLOCK_M, WAYS, UNROLL, STAGES, GROUP_M)),
+            ],
+            [4, 4, 1, 1], [REGISTERS, REGISTERS, 24, 24],
+        )  # fmt: skip
     else:
-        gl.static_assert(ROWS * WAYS == 4, "2 or 4 consumer warpgroups")
+        gl.static_assert(ROWS * WAYS == 4, "2 to 4 consumer warpgroups")
         gl.warp_specialize(
             [
                 (consume, (0, work, ring, sums, scales, output, GROUPED, HAS_BIAS, HAS_RESIDUAL,

@@ -72,36 +72,17 @@ def place(tile, work, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def load_channel_scale(scales, first_n, N, BLOCK_N: gl.constexpr, MMA: gl.constexpr):
-    """Channel scales [BLOCK_N]: from memory, as weights are, so better asked for early."""
-    token_scale_ptr, token_sum_ptr, channel_scale_ptr, zero_ptr, bias_ptr = scales
+def by_channel(pointer, first_n, N, BLOCK_N: gl.constexpr, MMA: gl.constexpr):
+    """A value per channel [BLOCK_N]: from memory, as weights are, so better asked for early."""
     offs_n = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
-    return gl.load(channel_scale_ptr + offs_n, mask=offs_n < N, other=0.0)
+    return gl.load(pointer + offs_n, mask=offs_n < N, other=0)
 
 
 @gluon.jit
-def load_token_scale(scales, first_m, M, BLOCK_M: gl.constexpr, MMA: gl.constexpr):
-    """Token scales [BLOCK_M]."""
-    token_scale_ptr, token_sum_ptr, channel_scale_ptr, zero_ptr, bias_ptr = scales
-    offs_m = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
-    return gl.load(token_scale_ptr + offs_m, mask=offs_m < M, other=0.0)
-
-
-@gluon.jit
-def zero_sums(
-    scales, first_m, first_n, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    MMA: gl.constexpr,
-):  # fmt: skip
-    """Where a per-channel tile starts: sum (q4 - zero) * x = sum q4 * x - zero * sum x.
-
-    At the end it would need more registers than there are.
-    """
-    token_scale_ptr, token_sum_ptr, channel_scale_ptr, zero_ptr, bias_ptr = scales
-    offs_n = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
-    offs_m = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
-    zero = gl.load(zero_ptr + offs_n, mask=offs_n < N, other=0)
-    token_sum = gl.load(token_sum_ptr + offs_m, mask=offs_m < M, other=0)
-    return gl.expand_dims(-zero, 1) * gl.expand_dims(token_sum, 0)
+def by_token(pointer, first_m, M, BLOCK_M: gl.constexpr):
+    """A value per token [BLOCK_M], each held once: 256 of them take two registers of a thread."""
+    offs_m = first_m + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    return gl.load(pointer + offs_m, mask=offs_m < M, other=0)
 
 
 @gluon.jit
@@ -183,6 +164,9 @@ def finish(
     The buffer must be free. `finished` counts the tiles: the parity of the residual's barrier.
     """
     if HAS_RESIDUAL:
+        # the buffer has just been read by threads
+        fence_async_shared()
+        gl.thread_barrier()
         mbarrier.expect(loaded, BLOCK_M * BLOCK_N * 2)
         tma.async_copy_global_to_shared(residual_desc, [first_m, first_n], loaded, y_buffer)
     y = acc.to(gl.float32) * gl.expand_dims(channel_scale, 1) * gl.expand_dims(token_scale, 0)
@@ -239,6 +223,21 @@ def add_parts(
 
 
 @gluon.jit
+def as_columns(values, buffer, BLOCK_M: gl.constexpr, MMA: gl.constexpr):
+    """Values per token [BLOCK_M] in every thread that has the token's sums, by a free buffer.
+
+    Loaded like that they would be a load, a mask and a register for each column of a thread.
+    """
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    line = buffer._reinterpret(values.dtype, [BLOCK_M], FLAT)
+    line.store(values)
+    gl.thread_barrier()
+    columns = line.load(gl.SliceLayout(0, MMA))
+    gl.thread_barrier()
+    return columns
+
+
+@gluon.jit
 def consume(
     INDEX: gl.constexpr, work, ring, sums, scales, output,
     GROUPED: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, GLU: gl.constexpr,
@@ -257,10 +256,6 @@ def consume(
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32]
     )
-    # scales that fit in registers during the loop, which hides their latency; per channel, where it
-    # starts by waiting for loads of its own, larger tiles gained nothing
-    EARLY_CHANNEL: gl.constexpr = GROUPED or BLOCK_M <= 64 and ROWS * WAYS <= 2
-    EARLY_TOKEN: gl.constexpr = EARLY_CHANNEL and BLOCK_M * BLOCK_N <= 8192 and ROWS * WAYS <= 2
     turn = gl.program_id(0)
     stage = 0
     phase = 0
@@ -273,14 +268,13 @@ def consume(
         tile_m, tile_n = place(tile, work, GROUP_M)
         first_m = tile_m * BLOCK_M
         first_n = (tile_n * ROWS + ROW) * BLOCK_N
-        if EARLY_CHANNEL:
-            channel_scale = load_channel_scale(scales, first_n, N, BLOCK_N, MMA)
-        if EARLY_TOKEN:
-            token_scale = load_token_scale(scales, first_m, M, BLOCK_M, MMA)
+        # asked for now, wanted when the loop, which hides their latency, has ended
+        channel_scale = by_channel(channel_scale_ptr, first_n, N, BLOCK_N, MMA)
+        token_scale = by_token(token_scale_ptr, first_m, M, BLOCK_M)
+        if not GROUPED:
+            zero = by_channel(zero_ptr, first_n, N, BLOCK_N, MMA)
+            token_sum = by_token(token_sum_ptr, first_m, M, BLOCK_M)
         acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32, MMA)
-        if not GROUPED and WAY == 0:  # noqa: SIM102  decided when compiled, the other when run
-            if first == 0:
-                acc = zero_sums(scales, first_m, first_n, M, N, BLOCK_M, BLOCK_N, MMA)
         for _ in range(first, last):
             # one k tile is unpacked while the products of the one before run
             for i in gl.static_range(UNROLL):
@@ -322,14 +316,15 @@ def consume(
                 # the buffer of y is free once the store of the tile before has read it
                 tma.store_wait(0)
                 gl.thread_barrier()
-                if not EARLY_CHANNEL:
-                    channel_scale = load_channel_scale(scales, first_n, N, BLOCK_N, MMA)
-                if not EARLY_TOKEN:
-                    token_scale = load_token_scale(scales, first_m, M, BLOCK_M, MMA)
+                buffer = y_buffers.index(ROW)
+                if not GROUPED:
+                    # sum (q4 - zero) * x = sum q4 * x - zero * sum x
+                    sums_of_columns = as_columns(token_sum, buffer, BLOCK_M, MMA)
+                    acc -= gl.expand_dims(zero, 1) * gl.expand_dims(sums_of_columns, 0)
                 finish(
-                    acc, channel_scale, token_scale, y_desc, residual_desc, y_buffers.index(ROW),
-                    loaded.index(ROW), finished, bias_ptr, first_m, first_n, N,
-                    HAS_BIAS, HAS_RESIDUAL, GLU, BLOCK_M, BLOCK_N, MMA,
+                    acc, channel_scale, as_columns(token_scale, buffer, BLOCK_M, MMA), y_desc,
+                    residual_desc, buffer, loaded.index(ROW), finished, bias_ptr, first_m,
+                    first_n, N, HAS_BIAS, HAS_RESIDUAL, GLU, BLOCK_M, BLOCK_N, MMA,
                 )  # fmt: skip
                 finished += 1
     tma.store_wait(0)
