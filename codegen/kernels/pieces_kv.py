@@ -76,24 +76,6 @@ and.b32 $3, odd, 0x00f000f0;
 }
 """)
 
-# The same less 8 * 2**-24 and 8 * 2**-20.
-TINY_CENTRED_NIBBLES = tl.constexpr("""
-{
-.reg .b32 odd, low, high;
-mov.b32 low, 0x00080008;
-mov.b32 high, 0x00800080;
-shr.u32 odd, $4, 8;
-and.b32 $0, $4, 0x000f000f;
-and.b32 $1, odd, 0x000f000f;
-and.b32 $2, $4, 0x00f000f0;
-and.b32 $3, odd, 0x00f000f0;
-sub.f16x2 $0, $0, low;
-sub.f16x2 $1, $1, low;
-sub.f16x2 $2, $2, high;
-sub.f16x2 $3, $3, high;
-}
-""")
-
 TINY = tl.constexpr(24)
 """Tiny codes are those of the low nibbles times 2**-TINY."""
 
@@ -157,31 +139,19 @@ def load_codes(
 
 
 @triton.jit
-def load_tiny(base, offsets, mask, CENTRED: tl.constexpr):
+def load_tiny(base, offsets, mask):
     """Low and high nibbles of the bytes at base + offsets as tiny fp16 codes (TINY_NIBBLES).
 
     Along the last axis they stand in the order of `tiny_order`.
     """
-    stored = tl.load(base + offsets, mask=mask, other=0)
-    if CENTRED:
-        low, high = tl.inline_asm_elementwise(
-            TINY_CENTRED_NIBBLES,
-            NIBBLE_CONSTRAINTS,
-            [stored],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        low, high = tl.inline_asm_elementwise(
-            TINY_NIBBLES,
-            NIBBLE_CONSTRAINTS,
-            [stored],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
-    return low, high
+    return tl.inline_asm_elementwise(
+        TINY_NIBBLES,
+        NIBBLE_CONSTRAINTS,
+        [tl.load(base + offsets, mask=mask, other=0)],
+        dtype=(tl.float16, tl.float16),
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit

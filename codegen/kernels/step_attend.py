@@ -5,7 +5,7 @@ of it. A block is a worker with a run of pages, of one or several (sequence, KV 
 step_schedule.py. It turns the queries of each, and puts the new token into the last page if that is
 in its run (step_token.py), so that no block waits for another. Parts of a (sequence, KV head) are
 added up by the worker that ends last, or in a launch of its own where there are many
-(step_combine.py); the kernel that does so counts the tokens in `length`.
+(step_combine.py). The last worker that needs no length any more counts the tokens in `length`.
 With FUSED = 0 step_append.py has turned q and put the token in. Twin: ir/kv_reference.py kv_decode.
 """
 
@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from qoqc.codegen.kernels.kv_append import put_keys
 from qoqc.codegen.kernels.pieces_rotary import prepared
-from qoqc.codegen.kernels.step_pages import attend_pages, fetch_page, hand_in
+from qoqc.codegen.kernels.step_pages import attend_pages, fetch_pages, hand_in
 from qoqc.codegen.kernels.step_schedule import (
     LEAVES,
     all_pages,
     arrive,
-    comes_last,
-    count_tokens,
     find_sequence,
     first_page,
     length_of,
+    let_next_start,
     pages_at,
+    pause_before,
     run_start,
     workers_for,
 )
@@ -68,7 +68,7 @@ def step_attend(
     out_ptr,  # [B, Hq, Dv]
     part_ptr,  # fp32 [grid, 2, group, Dv], where step_combine.py says
     stat_ptr,  # fp32 [grid, 2, group, 2]
-    counter_ptr,  # int32 zeros, and left as zeros: 1 + LEAVES, and [B, Hkv]; used if `meet`
+    counter_ptr,  # int32 zeros, and left as zeros: 1 + LEAVES, and [B, Hkv], used if `meet`
     eps, scale, softcap,
     batch, pages,
     meet,  # bool: the worker that ends last of a (sequence, KV head) adds up its parts
@@ -93,6 +93,7 @@ def step_attend(
     ROUND_BF16: tl.constexpr,
     PTX: tl.constexpr,
     TINY_CODES: tl.constexpr,
+    TINY_VALUES: tl.constexpr,
     DEPENDENT: tl.constexpr,
     FUSED: tl.constexpr,
     FETCH: tl.constexpr,
@@ -111,11 +112,10 @@ def step_attend(
     V_BYTES: tl.constexpr = V_DIM * BITS // 8 * TOKENS
     worker = tl.program_id(0)
     capacity = pages * TOKENS
-    if DEPENDENT and FUSED:
-        gdc_wait()
-        gdc_launch_dependents()
+    # until the wait the kernel before may be at work, so only tables and lengths are read: kernels
+    # that change them let nothing start before they have (let_next_start)
     total_pages, each = all_pages(
-        length_ptr, length_stride, batch, capacity, window, KV_HEADS, HAS_WINDOW
+        length_ptr, length_stride, batch, capacity, window, KV_HEADS, HAS_WINDOW, False
     )
     workers = workers_for(total_pages, each, batch * KV_HEADS, tl.num_programs(0), SHORT)
     run = total_pages
@@ -123,6 +123,7 @@ def step_attend(
     if worker < workers:
         run = run_start(worker, total_pages, workers)
         run_end = run_start(worker + 1, total_pages, workers)
+    pause = pause_before(each)
     if each > 0:
         sequence = run // (each * KV_HEADS)
         before = sequence * (each * KV_HEADS)
@@ -130,19 +131,31 @@ def step_attend(
         sequence, before = find_sequence(
             run, length_ptr, length_stride, batch, capacity, window, KV_HEADS, HAS_WINDOW
         )
-    length = length_of(length_ptr, length_stride, sequence, batch, capacity)
+    length = length_of(length_ptr, length_stride, sequence, batch, capacity, False)
     used = pages_at(length, window, HAS_WINDOW)
-    if DEPENDENT and not FUSED:
-        # all so far while the kernel before, which appends, was at work: it leaves `length` alone
+    # from the first page of the run on, which is behind the pause
+    run = tl.maximum(run, before + (run - before) // (used + pause) * (used + pause) + pause)
+    if FETCH:
+        # asking for a page is no reading: where it is written after all, L2 has what was written
+        ahead = table_ptr + sequence.to(tl.int64) * table_stride
+        if HAS_WINDOW:
+            ahead += first_page(length, window)
+        h = (run - before) // (used + pause)
+        first = (run - before) % (used + pause) - pause
+        stop = tl.where(length >= 0, tl.minimum(used, first + (run_end - run)), 0)
+        fetch_pages(
+            ahead, first, stop, h, k_pages_ptr, v_pages_ptr, words_ptr,
+            FETCH, KV_HEADS, K_BYTES, V_BYTES,
+        )  # fmt: skip
+    if DEPENDENT:
         gdc_wait()
-        gdc_launch_dependents()
     # a worker counts itself in when it has read the last length of its run: mostly the first
-    one_only = run_end <= before + used * KV_HEADS
-    ticket = arrive(counter_ptr, worker, one_only & (meet != 0))
+    arrives = run_end <= before + (used + pause) * KV_HEADS + pause
+    ticket = arrive(counter_ptr, worker, arrives)
     place = run
     while place < run_end:
-        h = (place - before) // used
-        first = (place - before) % used
+        h = (place - before) // (used + pause)
+        first = (place - before) % (used + pause) - pause
         end = tl.minimum(used, first + (run_end - place))
         is_last = end == used
         b = sequence.to(tl.int64)
@@ -192,12 +205,6 @@ def step_attend(
             target, old = value_bytes(
                 v_pages_ptr + last_head * V_BYTES, slot, appends, V_DIM, BITS, BLOCK_V
             )
-            if FETCH:
-                # before all that is done with queries: the loop asks for its first page after it
-                fetch_page(
-                    table, first, stop, h, k_pages_ptr, v_pages_ptr, words_ptr,
-                    KV_HEADS, K_BYTES, V_BYTES,
-                )  # fmt: skip
             if appends:
                 words = words_ptr + last_head * (2 * TOKENS)
                 k_page = k_pages_ptr + last_head * K_BYTES
@@ -215,31 +222,40 @@ def step_attend(
             q_unit = 1.0
             if TINY_CODES:
                 q_unit = tl.load(q_unit_ptr + b * KV_HEADS + h)
+        if arrives:
+            # only now, when its answer is there
+            let_next_start(counter_ptr, ticket, worker, length_ptr, length_stride, batch, DEPENDENT)
+            arrives = False
         sums, total, peak = attend_pages(
             q0, q1, q_sum, q_unit, head, in_row, h, first, stop, cached, oldest, is_last,
             table, k_pages_ptr, v_pages_ptr, words_ptr, mask_row, masked,
             sinks_ptr, scale, softcap,
             KV_HEADS, K_DIM, V_DIM, BITS, HAS_MASK, HAS_SINKS, HAS_SOFTCAP, HAS_WINDOW,
-            OPERAND, WEIGHT, PTX, TINY_CODES, BLOCK_C, BLOCK_V, BLOCK_R,
+            OPERAND, WEIGHT, PTX, TINY_CODES, TINY_VALUES, BLOCK_C, BLOCK_V, BLOCK_R,
         )  # fmt: skip
+        begin = place - first
+        place += end - first + pause
+        if FETCH:
+            # of the next head of the sequence, while this one's sums are handed in
+            stop = tl.where(fits & (h + 1 < KV_HEADS), tl.minimum(used, run_end - place), 0)
+            fetch_pages(
+                table, 0, stop, h + 1, k_pages_ptr, v_pages_ptr, words_ptr,
+                FETCH, KV_HEADS, K_BYTES, V_BYTES,
+            )  # fmt: skip
         hand_in(
-            sums, total, peak, worker, place != run, before + h * used, used,
+            sums, total, peak, worker, begin + first != run, begin, used, pause,
             (first == 0) & is_last, total_pages, workers, fits,
             out_ptr + (b * HEADS + h * GROUP) * V_DIM, part_ptr, stat_ptr,
             counter_ptr + 1 + LEAVES + sequence * KV_HEADS + h, meet,
             GROUP, V_DIM, KIND, ROUND_BF16, BLOCK_V, BLOCK_R, GROUP_R, AT_ONCE,
         )  # fmt: skip
-        place += end - first
-        if (place == before + used * KV_HEADS) & (place < run_end):
-            before = place
+        if (place == before + (used + pause) * KV_HEADS + pause) & (place < run_end):
+            before = place - pause
             sequence += 1
-            length = length_of(length_ptr, length_stride, sequence, batch, capacity)
+            length = length_of(length_ptr, length_stride, sequence, batch, capacity, False)
             used = pages_at(length, window, HAS_WINDOW)
-            is_final = run_end <= before + used * KV_HEADS
-            if (meet != 0) & is_final:
-                late = arrive(counter_ptr, worker, is_final)
-                if comes_last(counter_ptr, late, worker, tl.num_programs(0)) != 0:
-                    count_tokens(length_ptr, length_stride, batch)
-    if (meet != 0) & one_only:  # noqa: SIM102 both in one would be evaluated both
-        if comes_last(counter_ptr, ticket, worker, tl.num_programs(0)) != 0:
-            count_tokens(length_ptr, length_stride, batch)
+            arrives = run_end <= before + (used + pause) * KV_HEADS + pause
+            ticket = arrive(counter_ptr, worker, arrives)
+    if arrives:
+        # a worker without pages
+        let_next_start(counter_ptr, ticket, worker, length_ptr, length_stride, batch, DEPENDENT)

@@ -43,7 +43,7 @@ def launch(
     counters = zeroed_counters(out.device, counters_for(batch, kv_heads))
     start_attend(attend, step, turned, out, part, stat, counters, meet=combine is None)
     if combine is not None:
-        start_combine(combine, part, stat, out, step.length, counters, pages, step.window)
+        start_combine(combine, part, stat, out, step.length, pages, step.window)
     return out
 
 
@@ -130,7 +130,6 @@ def start_combine(
     stat: torch.Tensor,
     out: torch.Tensor,
     length: torch.Tensor,
-    counters: torch.Tensor,
     pages: int,
     window: int,
 ) -> None:
@@ -138,7 +137,7 @@ def start_combine(
     batch, heads, _, v_dim = out.shape
     grid = (batch * heads, ceil_div(v_dim, kernel.tile["COLUMNS"]))
     workers = part.shape[0]
-    kernel(grid, part, stat, out, length, length.stride(0), counters, batch, pages, workers, window)
+    kernel(grid, part, stat, out, length, length.stride(0), batch, pages, workers, window)
 
 
 def meets(spec: StepSpec, batch: int) -> bool:

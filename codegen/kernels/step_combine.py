@@ -3,24 +3,22 @@
 part fp32 [workers, 2, group, Dv], stat fp32 [workers, 2, group, 2] (peak in log2, total) -> out [B,
 Hq, Dv]; of the two, the first is where a worker's run begins, the second where it ends. For few
 sequences of many parts: there one block per sequence and head would add up for longer than a launch
-takes. It also counts the new tokens in `length`: its blocks are the last to read it.
+takes. It finds the new tokens counted in `length`: step_attend lets it start after that.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qoqc.codegen.kernels.pieces import round_to_bf16
 from qoqc.codegen.kernels.step_schedule import (
     all_pages,
-    arrive,
-    comes_last,
-    count_tokens,
     length_of,
     owner_of,
     pages_at,
+    pause_before,
     run_start,
     start_of,
     workers_for,
@@ -96,7 +94,6 @@ def step_combine(
     out_ptr,
     length_ptr,
     length_stride,
-    counter_ptr,
     batch,
     pages,
     grid,
@@ -117,27 +114,28 @@ def step_combine(
     sequence = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     capacity = pages * 64
-    # before the wait: step_attend leaves lengths alone, and all before it ended when it let this
-    # kernel start
+    if DEPENDENT:
+        # what comes next waits for this kernel, as this one does for all before it
+        gdc_launch_dependents()
+    # before the wait: lengths are counted, and all before step_attend had ended when it said so
     total_pages, each = all_pages(
-        length_ptr, length_stride, batch, capacity, window, KV_HEADS, HAS_WINDOW
+        length_ptr, length_stride, batch, capacity, window, KV_HEADS, HAS_WINDOW, True
     )
     workers = workers_for(total_pages, each, batch * KV_HEADS, grid, SHORT)
-    length = length_of(length_ptr, length_stride, sequence, batch, capacity)
+    length = length_of(length_ptr, length_stride, sequence, batch, capacity, True)
     used = pages_at(length, window, HAS_WINDOW)
     begin = sequence * (each * KV_HEADS)
     if each == 0:
         begin = start_of(
             sequence, length_ptr, length_stride, batch, capacity, window, KV_HEADS, HAS_WINDOW
         )
-    begin += head // GROUP * used
+    pause = pause_before(each)
+    begin += head // GROUP * (used + pause) + pause
     first_worker = owner_of(begin, total_pages, workers)
     parts = owner_of(begin + used - 1, total_pages, workers) - first_worker + 1
-    inside_run = run_start(first_worker, total_pages, workers) != begin
+    inside_run = run_start(first_worker, total_pages, workers) < begin - pause
     if DEPENDENT:
         gdc_wait()
-    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    ticket = arrive(counter_ptr, program, total_pages > 0)
     if parts > 1:  # else the worker has written the output
         out = out_ptr + (sequence.to(tl.int64) * HEADS + head // GROUP * GROUP) * V_DIM
         combine_parts(
@@ -145,6 +143,3 @@ def step_combine(
             tl.program_id(1) * COLUMNS, length >= 0,
             GROUP, V_DIM, KIND, ROUND_BF16, 1, COLUMNS, AT_ONCE,
         )  # fmt: skip
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    if comes_last(counter_ptr, ticket, program, programs) != 0:
-        count_tokens(length_ptr, length_stride, batch)

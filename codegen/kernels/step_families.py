@@ -35,6 +35,10 @@ FUSED = 1
 """Whether step_attend turns q and puts the token in itself: on an H200 3 to 8 % faster than in two
 launches, no faster where lengths differ. A tuning table may say 0 for another device."""
 
+AHEAD = 2
+"""Pages of its run that a block asks for before it waits for the kernel before, and while it hands
+in a part: on an H200 none, 1, 3 or 4 take up to 2 % longer."""
+
 PARTS_AT_ONCE = 2048
 """Floats of parts that a warp of step_attend adds up at a time, of its registers' 8192."""
 
@@ -50,6 +54,10 @@ def bind_attend(spec: StepSpec, tile: Tile) -> dict[str, Any]:
     # the interpreter, which is where tiles have no PTX, multiplies bfloat16 by its bit pattern
     exact = spec.dtype is torch.float32 or common["ROUND_BF16"]
     block_v, group_r = token["BLOCK_V"], token["GROUP_R"]
+    block_r = max(8, group_r)
+    # with four warps Triton multiplies values by 16 columns and more by wgmma, where a thread has
+    # runs of two codes: tiny ones need runs of four, since two of each four change places
+    in_rows_of_four = tile.num_warps % 4 != 0 or block_r < 16
     return {
         **common,
         **token,
@@ -60,13 +68,19 @@ def bind_attend(spec: StepSpec, tile: Tile) -> dict[str, Any]:
         "OPERAND": tl.float32 if exact else tl.float16 if token["TINY_CODES"] else common["KIND"],
         # weights are scaled to 2**14 at most, so fp16's 11 bits serve bf16 models too
         "WEIGHT": tl.float32 if exact else tl.float16,
+        "TINY_VALUES": token["TINY_CODES"] and in_rows_of_four,
         "PTX": tile["PTX"],
         "FUSED": tile["FUSED"],
-        "FETCH": tile["DEPENDENT"],  # both since sm_90
+        "FETCH": AHEAD if tile["DEPENDENT"] else 0,  # both since sm_90
         "SHORT": tile["SHORT"],
-        "BLOCK_R": max(8, group_r),
-        "AT_ONCE": max(1, min(4, PARTS_AT_ONCE * tile.num_warps // (group_r * block_v))),
+        "BLOCK_R": block_r,
+        "AT_ONCE": _at_once(group_r, block_v, tile),
     }
+
+
+def _at_once(group: int, v_dim: int, tile: Tile) -> int:
+    """How many parts of `group` x `v_dim` floats step_attend adds up at a time."""
+    return max(1, min(4, PARTS_AT_ONCE * tile.num_warps // (group * v_dim)))
 
 
 def bind_combine(spec: StepSpec, tile: Tile) -> dict[str, Any]:
@@ -161,12 +175,17 @@ def _warps(spec: StepSpec, device: DeviceKey) -> int:
 
 
 def shared_bytes(spec: StepSpec, tile: Tile) -> int:
-    """Estimate of a block's shared memory: staged pages and words, and exchanges between warps."""
+    """Estimate of a block's shared memory: staged pages and words, and exchanges between warps.
+
+    Or parts that are added up, after all that.
+    """
     width = max(2 * lanes(spec.kv.k_dim // 2), lanes(spec.kv.v_dim))
     page = PAGE * (2 * lanes(spec.kv.k_dim // 2) + lanes(spec.kv.v_dim)) * spec.kv.bits // 8
     staged = max(1, (tile.num_stages - 1) // 2) * (page + 2 * PAGE * 4)
-    rows: int = max(8, triton.next_power_of_2(spec.heads // spec.kv.kv_heads))
-    return staged + rows * (width * 8 + PAGE * 2) + 2048
+    group: int = triton.next_power_of_2(spec.heads // spec.kv.kv_heads)
+    attending = staged + max(8, group) * (width * 8 + PAGE * 2)
+    v_dim = lanes(spec.kv.v_dim)
+    return max(attending, _at_once(group, v_dim, tile) * group * v_dim * 4) + 2048
 
 
 STEP_APPEND = Family(

@@ -35,21 +35,25 @@ SHIFT = tl.constexpr(15 + 14 - 4)
 
 
 @triton.jit
-def fetch(pointer, BYTES: tl.constexpr):
-    """Ask for about BYTES of memory to be brought into L2: a hint, by one thread; since sm_90."""
+def fetch(pointers, wanted, BYTES: tl.constexpr):
+    """Ask for about BYTES at each of 32 pointers, if `wanted`, to be brought into L2: since sm_90.
+
+    A hint, by the lanes of the first warp.
+    """
     tl.inline_asm_elementwise(
         """
         {
         .reg .pred p;
         .reg .b32 thread;
         mov.u32 thread, %tid.x;
-        setp.eq.u32 p, thread, 0;
-        @p cp.async.bulk.prefetch.L2.global [$1], $2;
+        setp.ne.b32 p, $2, 0;
+        setp.lt.and.u32 p, thread, 32, p;
+        @p cp.async.bulk.prefetch.L2.global [$1], $3;
         mov.b32 $0, 0;
         }
         """,
-        "=r,l,n",
-        [pointer.to(tl.int64) & -16, BYTES],  # other addresses are an error
+        "=r,l,r,n",
+        [pointers.to(tl.int64) & -16, wanted.to(tl.int32), BYTES],  # other addresses are an error
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -57,18 +61,34 @@ def fetch(pointer, BYTES: tl.constexpr):
 
 
 @triton.jit
-def fetch_page(
-    table, i, stop, h, k_pages_ptr, v_pages_ptr, words_ptr,
+def fetch_pages(
+    table, first, stop, h, k_pages_ptr, v_pages_ptr, words_ptr,
+    COUNT: tl.constexpr,
     KV_HEADS: tl.constexpr,
     K_BYTES: tl.constexpr,
     V_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Ask for what KV head `h` has in page `i` of a sequence, if that is before `stop`."""
-    if i < stop:
-        page_head = tl.load(table + i).to(tl.int64) * KV_HEADS + h
-        fetch(k_pages_ptr + page_head * K_BYTES, K_BYTES)
-        fetch(words_ptr + page_head * 128, 512)
-        fetch(v_pages_ptr + page_head * V_BYTES, V_BYTES)
+    """Ask for what KV head `h` has in COUNT pages of a sequence from `first` on, before `stop`."""
+    i = tl.arange(0, 32)
+    wanted = (i < COUNT) & (first + i < stop)
+    page = tl.load(table + first + i, mask=wanted, other=0).to(tl.int64) * KV_HEADS + h
+    fetch(k_pages_ptr + page * K_BYTES, wanted, K_BYTES)
+    fetch(words_ptr + page * 128, wanted, 512)
+    fetch(v_pages_ptr + page * V_BYTES, wanted, V_BYTES)
+
+
+@triton.jit
+def centring(w0, w1, HALF: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr):
+    """What centring tiny codes takes off their weighted sums, fp32 [BLOCK_V, BLOCK_R]: equal rows.
+
+    For one page, by a product of 16 rows: cheaper than a subtraction for each two codes. Left to
+    the end it would be the small difference of two large sums.
+    """
+    low = tl.full((16, HALF), -8.0 * 2.0**-24, tl.float16)
+    high = tl.full((16, HALF), -8.0 * 2.0**-20, tl.float16)
+    rows = mma(high, w1, mma(low, w0, tl.zeros((16, BLOCK_R), tl.float32)))
+    rows = tl.broadcast_to(rows[None, :, :], (BLOCK_V // 16, 16, BLOCK_R))
+    return tl.reshape(rows, (BLOCK_V, BLOCK_R))
 
 
 @triton.jit
@@ -97,6 +117,7 @@ def attend_pages(
     WEIGHT: tl.constexpr,
     PTX: tl.constexpr,
     TINY_CODES: tl.constexpr,
+    TINY_VALUES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -111,7 +132,7 @@ def attend_pages(
     c = tl.arange(0, BLOCK_C)
     d = tl.arange(0, BLOCK_V)
     j = tl.arange(0, HALF)
-    token = tiny_order(j) if TINY_CODES else j
+    token = tiny_order(j) if TINY_VALUES else j
     peak = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     # summed over tokens at the end only: until then each thread has its own
     totals = tl.zeros((HALF, BLOCK_R), tl.float32)  # of p
@@ -161,8 +182,8 @@ def attend_pages(
         k_page = k_pages_ptr + page_head * (2 * HALF * K_BYTES)
         k_half = k_page + HALF * K_BYTES
         if TINY_CODES:
-            k00, k01 = load_tiny(k_page, k_tile, in_k_page, False)
-            k10, k11 = load_tiny(k_half, k_tile, in_k_page, False)
+            k00, k01 = load_tiny(k_page, k_tile, in_k_page)
+            k10, k11 = load_tiny(k_half, k_tile, in_k_page)
         else:
             k00, k01 = load_codes(k_page, k_tile, K_HALF, in_k_page, BITS, OPERAND, PTX)
             k10, k11 = load_codes(k_half, k_tile, K_HALF, in_k_page, BITS, OPERAND, PTX)
@@ -202,19 +223,20 @@ def attend_pages(
         offsets += tl.fma(p0, v_middle0[:, None], p1 * v_middle1[:, None])
         gain = power_of_two(-(level - SHIFT))
         w0 = (p0 * (v_scale0 * gain)[:, None]).to(WEIGHT)
-        if TINY_CODES:
+        if TINY_VALUES:
             gain /= TINY_STEP
         w1 = (p1 * (v_scale1 * gain)[:, None]).to(WEIGHT)
         v_page = v_pages_ptr + page_head * (V_DIM * V_BYTES)
-        if TINY_CODES:
-            v0, v1 = load_tiny(v_page, v_tile, in_v_page, True)
+        if TINY_VALUES:
+            v0, v1 = load_tiny(v_page, v_tile, in_v_page)
+            acc += centring(w0, w1, HALF, BLOCK_V, BLOCK_R)
         else:
             v0, v1 = load_codes(v_page, v_tile, HALF, in_v_page, BITS, WEIGHT, PTX)
-        acc = mma(v1, w1, mma(v0, w0, acc))
+        acc = mma(v0, w0, mma(v1, w1, acc))
 
     total = tl.sum(totals, 0)
     offset = tl.sum(offsets, 0)
-    if TINY_CODES:
+    if TINY_VALUES:
         level += TINY
     sums = tl.fma(acc, power_of_two(level - SHIFT), offset[None, :])
     return sums, total, peak
@@ -225,6 +247,7 @@ def hand_in(
     sums, total, peak,
     worker, at_end,  # at_end: bool, another (sequence, KV head) came before in the worker's run
     begin, used,  # where the pages of this one begin in the row of all, and how many they are
+    pause,  # empty places before them
     whole,  # bool: they are all this worker's
     total_pages, workers,
     fits,
@@ -264,7 +287,7 @@ def hand_in(
             tl.debug_barrier()
             if arrived == parts - 1:
                 tl.store(counter, 0)
-                inside = run_start(first_worker, total_pages, workers) != begin
+                inside = run_start(first_worker, total_pages, workers) < begin - pause
                 combine_parts(
                     part_ptr, stat_ptr, out, first_worker, inside, parts, 0, 0, fits,
                     GROUP, V_DIM, KIND, ROUND_BF16, GROUP_R, BLOCK_V, AT_ONCE,

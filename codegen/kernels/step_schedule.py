@@ -3,14 +3,17 @@
 The pages stand in one row: sequence by sequence, in each head by head. Every block ("worker") takes
 an equal run of that row, whatever lengths sequences have, so that all end together. The piece of a
 run that lies in one (sequence, head) is a part; a worker has parts of its own only at both ends of
-its run, between them are whole sequences and heads. Only the device knows the lengths, so each
-worker reads them all. With HAS_WINDOW a sequence has the pages of its last `window` tokens only.
+its run, between them are whole sequences and heads. Where lengths differ some workers have many
+short ones: there CHANGE empty places stand before the pages of each (sequence, head), for the time
+that going over to it takes. Only the device knows the lengths, so each worker reads them all. With
+HAS_WINDOW a sequence has the pages of its last `window` tokens only.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from qoqc.ir.spec import PAGE
 from qoqc.quant.pack import ceil_div
@@ -20,7 +23,11 @@ SCAN = tl.constexpr(128)
 """Sequences whose lengths are read at a time."""
 
 PAUSE = tl.constexpr(4)
-"""Pages in whose time a worker goes over to another (sequence, head), about."""
+"""Pages that runs of whole (sequence, head) may be longer than equal ones, where lengths are equal:
+in whose time a worker begins another and adds it up with others."""
+
+CHANGE = tl.constexpr(2)
+"""Pages in whose time a worker goes over to another (sequence, head), 4 us on an H200."""
 
 LEAVES = tl.constexpr(32)
 """Counters below the one that tells the last of many programs: an atomic takes its turn."""
@@ -30,13 +37,16 @@ SHORTEST = 2
 
 
 @triton.jit
-def length_of(length_ptr, length_stride, b, batch, capacity):
+def length_of(length_ptr, length_stride, b, batch, capacity, COUNTED: tl.constexpr):
     """The tokens in sequences `b` without their newest, -1 if there is no room for it: int32.
 
+    COUNTED  the newest are counted already
     Read past L1, which may hold what was there before another kernel counted.
     """
     place = length_ptr + b.to(tl.int64) * length_stride
     length = tl.load(place, mask=b < batch, other=-1, cache_modifier=".cg")
+    if COUNTED:
+        length -= 1
     return tl.where((length < 0) | (length >= capacity), -1, length).to(tl.int32)
 
 
@@ -57,10 +67,12 @@ def pages_at(length, window, HAS_WINDOW: tl.constexpr):
 
 @triton.jit
 def pages_of(
-    length_ptr, length_stride, b, batch, capacity, window, HAS_WINDOW: tl.constexpr
+    length_ptr, length_stride, b, batch, capacity, window,
+    HAS_WINDOW: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):  # fmt: skip
     """`pages_at` of the sequences `b`, 0 for those from `batch` on."""
-    length = length_of(length_ptr, length_stride, b, batch, capacity)
+    length = length_of(length_ptr, length_stride, b, batch, capacity, COUNTED)
     pages = pages_at(length, window, HAS_WINDOW)
     return tl.where(b < batch, pages, 0)
 
@@ -70,18 +82,27 @@ def all_pages(
     length_ptr, length_stride, batch, capacity, window,
     KV_HEADS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """How many pages the row has, and how many each (sequence, head): 0 if they differ."""
+    """How many places the row has, and how many pages each (sequence, head): 0 if they differ."""
     total = tl.full((), 0, tl.int32)
     least = tl.full((), 0x7FFFFFFF, tl.int32)
     most = tl.full((), 0, tl.int32)
     for first in range(0, batch, SCAN):
         b = first + tl.arange(0, SCAN)
-        pages = pages_of(length_ptr, length_stride, b, batch, capacity, window, HAS_WINDOW)
+        pages = pages_of(length_ptr, length_stride, b, batch, capacity, window, HAS_WINDOW, COUNTED)
         total += tl.sum(pages, 0)
         most = tl.maximum(most, tl.max(pages, 0))
         least = tl.minimum(least, tl.min(tl.where(b < batch, pages, 0x7FFFFFFF), 0))
-    return total * KV_HEADS, tl.where(least == most, most, 0)
+    equal = least == most
+    total += tl.where(equal, 0, batch * CHANGE)
+    return total * KV_HEADS, tl.where(equal, most, 0)
+
+
+@triton.jit
+def pause_before(each):
+    """Empty places before the pages of each (sequence, head), for what `all_pages` gives."""
+    return tl.where(each > 0, 0, CHANGE)
 
 
 @triton.jit
@@ -106,12 +127,13 @@ def workers_for(total, each, heads, grid, SHORT: tl.constexpr):
 
 @triton.jit
 def run_start(worker, total, workers):
-    """worker * total // workers: where a worker's run begins; it ends where the next one's begins.
+    """worker * total / workers, rounded up: where a run begins; it ends where the next one begins.
 
-    In 32 bits, since 64-bit divisions are long calls.
+    Up, so that of a sequence's workers the last, which puts its token in, has no page more. In 32
+    bits, since 64-bit divisions are long calls.
     """
     pages = total // workers
-    return worker * pages + worker * (total - pages * workers) // workers
+    return worker * pages + (worker * (total - pages * workers) + workers - 1) // workers
 
 
 @triton.jit
@@ -133,13 +155,14 @@ def find_sequence(
     KV_HEADS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """The sequence that holds a place of the row, and where that sequence begins."""
+    """The sequence that holds a place of the row, and where it begins: where lengths differ."""
     sequence = tl.full((), 0, tl.int32)
     before = tl.full((), 0, tl.int32)
     seen = tl.full((), 0, tl.int32)
     for first in range(0, batch, SCAN):
         b = first + tl.arange(0, SCAN)
-        pages = pages_of(length_ptr, length_stride, b, batch, capacity, window, HAS_WINDOW)
+        pages = pages_of(length_ptr, length_stride, b, batch, capacity, window, HAS_WINDOW, False)
+        pages += tl.where(b < batch, CHANGE, 0)
         ends = seen + tl.cumsum(pages, 0)
         passed = (ends * KV_HEADS <= place) & (b < batch)
         sequence += tl.sum(passed.to(tl.int32), 0)
@@ -154,12 +177,12 @@ def start_of(
     KV_HEADS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Where a sequence begins."""
+    """Where a sequence begins, where lengths differ; they are counted."""
     before = tl.full((), 0, tl.int32)
     for first in range(0, sequence, SCAN):
         b = first + tl.arange(0, SCAN)
-        pages = pages_of(length_ptr, length_stride, b, batch, capacity, window, HAS_WINDOW)
-        before += tl.sum(tl.where(b < sequence, pages, 0), 0)
+        pages = pages_of(length_ptr, length_stride, b, batch, capacity, window, HAS_WINDOW, True)
+        before += tl.sum(tl.where(b < sequence, pages + CHANGE, 0), 0)
     return before * KV_HEADS
 
 
@@ -194,6 +217,37 @@ def comes_last(counter_ptr, arrived, program, programs):
             tl.store(counter_ptr, 0)
             last += 1
     return last
+
+
+@triton.jit
+def let_next_start(
+    counter_ptr, arrived, worker, length_ptr, length_stride, batch, DEPENDENT: tl.constexpr
+):
+    """Count the tokens if this worker was the last to `arrive`; the next kernel may start then.
+
+    It starts when all workers have said so: it finds lengths counted, even before its wait.
+    """
+    if comes_last(counter_ptr, arrived, worker, tl.num_programs(0)) != 0:
+        count_tokens(length_ptr, length_stride, batch)
+        if DEPENDENT:
+            fence()
+    if DEPENDENT:
+        # one thread speaks for all
+        tl.debug_barrier()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def fence():
+    """What this thread has written so far is there for the whole device before it goes on."""
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; mov.b32 $0, 0;",
+        "=r",
+        [],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

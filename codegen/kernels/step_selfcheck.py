@@ -236,14 +236,13 @@ def main():"""
         out = torch.empty(batch, kv_heads, group, v_dim, dtype=dtype, device=device)
         window, pages = (1280, 41) if SPEC["has_window"] else (0, 21)
         tokens = 64 * pages - 65
-        length = torch.full((batch,), tokens, dtype=torch.int32, device=device)
-        counters = torch.zeros(33, dtype=torch.int32, device=device)
+        # the newest one counted
+        length = torch.full((batch,), tokens + 1, dtype=torch.int32, device=device)
         grid = (batch * heads, -(-v_dim // TILE["COLUMNS"]))
 
         def run():
-            length.fill_(tokens)
             step_combine[grid](
-                part, stat, out, length, 1, counters, batch, pages, workers, window, **options
+                part, stat, out, length, 1, batch, pages, workers, window, **options
             )
 
         run()

@@ -107,7 +107,9 @@ def step_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
         gemma = StepSpec(8, KVSpec(4, 256, 256), bf16, rotated=256, has_softcap=True)
         oss = StepSpec(64, KVSpec(8, 64, 64), bf16, rotated=64, has_mask=True, has_sinks=True)
         eight = StepSpec(32, KVSpec(8, 128, 128, 8), bf16, rotated=128, has_mask=True)
-        for spec in (cohere, gemma, oss, eight):
+        one = StepSpec(16, KVSpec(1, 128, 128), bf16, rotated=128, has_mask=True)
+        odd = StepSpec(16, KVSpec(1, 96, 96), torch.float16, rotated=96)
+        for spec in (cohere, gemma, oss, eight, one, odd):
             yield "step_append", spec, 4
             yield "step_attend", spec, 4
 
@@ -177,6 +179,14 @@ def ptx_layouts(ttgir: str) -> list[str]:
         r"tt\.elementwise_inline_asm.* -> \(?tensor<\w+, (#ttg\.\w+<.*?>|#\w+)>", ttgir
     )
     return sorted(set(found))
+
+
+def tiny_layouts(ttgir: str) -> list[str]:
+    """The layouts in which nibbles become tiny fp16 codes, two of each four changing places."""
+    found = re.findall(
+        r"tt\.elementwise_inline_asm \"([^\"]*)\".* -> \(?tensor<\w+, (#ttg\.\w+<.*?>|#\w+)>", ttgir
+    )
+    return sorted({layout for text, layout in found if "0x00f000f0" in text})
 
 
 def attention_cases(hopper: bool) -> Iterator[tuple[str, Any, int]]:
@@ -284,6 +294,7 @@ def facts_of(case: tuple[DeviceKey, tuple[str, Any, int]]) -> str:
         "wgmma": len(re.findall(r"wgmma\.mma_async\S*\.s32\.s8\.s8", ptx)),
         "mma": len(re.findall(r"mma\.sync\.aligned\.m16n8k32.*\.s32\.s8\.s8\.s32", ptx)),
         "ptx_layouts": ptx_layouts(compiled.asm["ttgir"]),
+        "tiny_layouts": tiny_layouts(compiled.asm["ttgir"]),
         "mma_warps": mma_warps(compiled.asm["ttgir"]),
         "ldmatrix": ptx.count("ldmatrix.sync"),
         "global_loads": sorted(set(re.findall(r"ld\.global\.(\S+)", ptx))),

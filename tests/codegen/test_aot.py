@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,14 @@ def test_threads_hold_runs_of_four_weights_of_one_group(facts: list[Facts]) -> N
         if f["family"] in ("gemm_plain", "gemm_ways"):
             (layout,) = f["ptx_layouts"]
             assert layout == "#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>", f
+
+
+def test_tiny_codes_are_made_of_runs_of_four(facts: list[Facts]) -> None:
+    # of 16 columns and more, Triton multiplies values by wgmma: there threads hold runs of two
+    tiny = [f for f in facts if f["family"] == "step_attend" and f["tiny_layouts"]]
+    assert any(f["spec"]["heads"] == 16 for f in tiny)
+    for f in tiny:
+        assert all(re.fullmatch(r"#ttg.dot_op<.*kWidth = 4}>", x) for x in f["tiny_layouts"]), f
 
 
 def test_weights_and_words_are_copied_asynchronously(facts: list[Facts]) -> None:

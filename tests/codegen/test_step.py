@@ -270,7 +270,7 @@ def checked(kernel: Kernel) -> None:
 
 
 def whose(
-    place_ptr: Any, start_ptr: Any, owner_ptr: Any, total: Any, workers: Any, count: Any
+    place_ptr: int, start_ptr: int, owner_ptr: int, total: int, workers: int, count: int
 ) -> None:
     """For places of a row: the worker that has each, and where that worker's run begins."""
     for i in range(count):
@@ -283,15 +283,15 @@ def whose(
     ("total", "workers"), [(1, 1), (160, 80), (20_001, 1584), (1_000_003, 2112), (2**24 + 5, 1056)]
 )
 def test_owners_of_pages_in_32_bits(total: int, workers: int, device: torch.device) -> None:
-    bounds = [worker * total // workers for worker in (0, 1, workers // 2, workers - 1, workers)]
+    bounds = [-(-w * total // workers) for w in (0, 1, workers // 2, workers - 1, workers)]
     places = sorted({place for b in bounds for place in (b - 1, b, b + 1) if 0 <= place < total})
     taken = torch.tensor(places, dtype=torch.int32, device=device)
     starts, owners = torch.empty_like(taken), torch.empty_like(taken)
     kernel: Any = triton.jit(do_not_specialize=["total", "workers", "count"])(whose)
     kernel[(1,)](taken, starts, owners, total, workers, len(places))
-    expected = [((place + 1) * workers - 1) // total for place in places]
+    expected = [place * workers // total for place in places]
     assert owners.tolist() == expected
-    assert starts.tolist() == [owner * total // workers for owner in expected]
+    assert starts.tolist() == [-(-owner * total // workers) for owner in expected]
 
 
 def test_grid_follows_capacity_and_the_device() -> None:
