@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -64,18 +64,26 @@ def wanted(gm: GraphModule) -> list[Wanted]:
 def _with_masks(kernel: Wanted) -> list[Wanted]:
     """What stands for an attention where sequences of a batch begin with padding.
 
-    A prompt then has a mask of generate()'s, with causality and windows in it, as it has where it
-    is longer than a window. Of a step's mask the padding alone is left (passes/windows.py).
+    Of the mask the padding alone is left, causality and windows are arguments (passes/windows.py).
     """
-    spec = kernel.spec
-    if isinstance(spec, AttentionSpec):
-        window = spec.has_window and not spec.causal
-        spec = dataclasses.replace(spec, has_mask=True, causal=False, has_window=window)
-    elif isinstance(spec, StepSpec):
-        spec = dataclasses.replace(spec, has_mask=True)
-    else:
+    if not isinstance(kernel.spec, (AttentionSpec, StepSpec)):
         return []
-    return [Wanted(kernel.op, spec)]
+    return [Wanted(kernel.op, dataclasses.replace(kernel.spec, has_mask=True))]
+
+
+def beyond_windows(kernels: Iterable[Wanted]) -> list[Wanted]:
+    """What prompts take that are longer than a window: the one that was captured is short.
+
+    kernels  of a model's prompt and step; the step's say which caches have windows
+    """
+    kernels = list(kernels)
+    steps = [each.spec for each in kernels if isinstance(each.spec, StepSpec)]
+    windowed = {spec.kv for spec in steps if spec.has_window}
+    return [
+        Wanted(each.op, dataclasses.replace(each.spec, has_window=True))
+        for each in kernels
+        if isinstance(each.spec, AttentionSpec) and each.spec.kv in windowed
+    ]
 
 
 def sampling_kernels(vocabulary: int) -> list[Wanted]:

@@ -13,7 +13,13 @@ import torch
 from torch.fx import GraphModule
 from torch.nn import Parameter
 
-from qoqc.artifact.kernel_sources import Wanted, devices, sampling_kernels, wanted
+from qoqc.artifact.kernel_sources import (
+    Wanted,
+    beyond_windows,
+    devices,
+    sampling_kernels,
+    wanted,
+)
 from qoqc.artifact.launches import LayerLaunches, launches
 from qoqc.artifact.listing import listing
 from qoqc.config import Options
@@ -86,7 +92,8 @@ def survey(model: Any, options: Options, progress: Progress | None = None) -> Su
     if not collector.reports:
         raise Unsupported(f"{type(model).__name__}: Dynamo captured no graph of its forward")
     weights = tuple(collector.weights.values())
-    kernels = (*collector.kernels, *sampling_kernels(int(output.logits.shape[-1])))
+    others = [*beyond_windows(collector.kernels), *sampling_kernels(int(output.logits.shape[-1]))]
+    kernels = tuple(dict.fromkeys([*collector.kernels, *others]))
     return Survey(
         tuple(collector.reports),
         weights,
