@@ -1,4 +1,4 @@
-"""What roundings alone do to logits: nothing if there is no other, and more with more of them."""
+"""What roundings alone do to logits: nothing if all are the same, something if one is another."""
 
 from __future__ import annotations
 

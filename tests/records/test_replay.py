@@ -269,3 +269,20 @@ def test_it_can_be_switched_off(
     monkeypatch.setenv("QOQC_RECORDS", "0")
     assert tokens(fresh(artifact)) == expected[1, 5]
     assert traced() == 2
+
+
+@pytest.mark.parametrize("lengths", [(5, 20), (20, 5)])
+def test_prompts_within_and_beyond_a_window_are_not_confused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, int]
+) -> None:
+    """Both are calls of one kind, and have graphs of their own: a record is for its sizes only."""
+    save(tiny_model("mistral", num_hidden_layers=1, sliding_window=8), tmp_path / "a")
+    for _ in range(2):
+        model = fresh(tmp_path / "a")
+        found = [tokens(model, 1, length) for length in lengths]
+        last = traced()
+    monkeypatch.setenv("QOQC_RECORDS", "0")
+    plain = fresh(tmp_path / "a")
+    assert found == [tokens(plain, 1, length) for length in lengths]
+    # the step and one of the prompts are recorded, the other prompt is traced
+    assert (last, traced()) == (1, 3)
